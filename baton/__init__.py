@@ -1,0 +1,1 @@
+"""The ground and the public face: types, errors, configuration, generated stubs, client."""

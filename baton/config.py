@@ -1,0 +1,230 @@
+"""One frozen configuration per process, read once in main: flags, then `BATON_*`, then YAML.
+
+Every field is a flag (`kv_blocks` is `--kv-blocks`), an environment variable (`BATON_KV_BLOCKS`)
+and a key of the YAML file. Later sources never override earlier ones.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from baton.errors import ConfigError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class ProcessConfig(BaseSettings):
+    """What every process has."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BATON_", frozen=True, extra="forbid", yaml_file=None
+    )
+
+    model: Path | None = Field(
+        None, description="Hugging Face model directory; the demo model if unset"
+    )
+    model_name: str = Field("", description="served name; the directory's name if empty")
+    pool: str = Field("default", description="name of the pool of workers in Redis")
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="redis://, rediss:// or unix:// URL of the shared queue",
+    )
+    metrics_address: str = Field("", description="host:port for Prometheus; off if empty")
+    insecure_network: bool = Field(
+        False, description="listen on addresses other than loopback without TLS"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
+    drain_seconds: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="time that running requests get to finish at shutdown"
+    )
+    report_interval: Seconds = Field(0.1, description="seconds between reports to Redis")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file."""
+        yaml_file = init_settings.init_kwargs.pop("_yaml", None)  # type: ignore[attr-defined]
+        flags = InitSettingsSource(settings_cls, init_settings.init_kwargs)  # type: ignore[attr-defined]
+        return flags, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file)
+
+    def shown(self) -> dict[str, Any]:
+        """Plain values to print at start, secrets masked."""
+        return self.model_dump(mode="json")
+
+
+class GatewayConfig(ProcessConfig):
+    """The gateway."""
+
+    address: str = Field("127.0.0.1:50051", description="host:port of the public API")
+    gateway_id: str = Field("", description="unique id; made up if empty")
+    max_queued_requests: Positive = Field(10_000, description="requests waiting in the pool")
+    max_queued_tokens: Positive = Field(20_000_000, description="prompt tokens waiting in the pool")
+    max_requests_per_tenant: Positive = Field(1_000, description="live requests of one tenant")
+    max_prompt_bytes: Positive = Field(4_000_000, description="longest text accepted")
+    max_sequences_per_request: Positive = Field(16, description="largest n")
+    max_logprobs: Positive = Field(20, description="most alternatives per token")
+    max_stop_strings: Positive = Field(16, description="most stop strings")
+    default_max_tokens: Positive = Field(256, description="max_tokens when the caller sets none")
+    queue_timeout: Seconds = Field(30.0, description="longest wait in the queue")
+    request_timeout: Seconds = Field(600.0, description="deadline for callers that set none")
+    max_attempts: Positive = Field(4, description="workers tried per request")
+    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(5, description="MLFQ levels")
+    mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
+    mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
+    mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
+    prefill_seconds_per_token: Seconds = Field(
+        0.0005, description="cost model of the first iteration: per uncached prompt token"
+    )
+    prefill_seconds_base: Seconds = Field(
+        0.005, description="cost model of the first iteration: fixed part"
+    )
+
+
+class WorkerConfig(ProcessConfig):
+    """What both kinds of worker have."""
+
+    worker_id: str = Field("", description="unique id; made up if empty")
+    advertise_address: str = Field("", description="address that others use; --address if empty")
+    device: str = Field("cpu", description="torch device")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of weights and KV; the model's own if auto"
+    )
+    attention_backend: str = Field("auto", description="attention backend, by name")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="torch threads; all cores if 0")
+    block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
+    kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; by kv_memory if 0")
+    kv_memory: Positive = Field(512 * 2**20, description="bytes of KV cache if kv_blocks is 0")
+    max_batch_tokens: Positive = Field(512, description="token budget of one pass")
+    max_batch_sequences: Positive = Field(64, description="sequences in one pass")
+    max_context: Annotated[int, Field(ge=0)] = Field(
+        0, description="longest prompt plus output; the model's own limit if 0"
+    )
+    policy: Literal["fcfs", "skip-join-mlfq"] = Field(
+        "skip-join-mlfq", description="order in which sequences run"
+    )
+    worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
+
+
+class PrefillConfig(WorkerConfig):
+    """A prefill worker."""
+
+    address: str = Field("127.0.0.1:50061", description="host:port of the worker's API")
+    kv_address: str = Field("127.0.0.1:0", description="host:port of the KV data channel")
+    kv_lease_seconds: Seconds = Field(30.0, description="first time to live of published KV")
+    kv_lease_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.75, description="share of the KV pool that may be under lease"
+    )
+
+
+class DecodeConfig(WorkerConfig):
+    """A decode worker."""
+
+    address: str = Field("127.0.0.1:50071", description="host:port of the worker's API")
+    kv_transports: str = Field("shm,tcp", description="KV transports to try, best first")
+    kv_timeout: Seconds = Field(20.0, description="longest silence during a KV pull")
+    max_waiting: Positive = Field(1024, description="requests held beyond the running batch")
+
+
+class ServeConfig(ProcessConfig):
+    """A local cluster: embedded Redis, one gateway, workers."""
+
+    address: str = Field("127.0.0.1:50051", description="host:port of the public API")
+    prefill_workers: Annotated[int, Field(ge=0)] = Field(1, description="prefill workers")
+    decode_workers: Positive = Field(1, description="decode workers")
+    start_timeout: Seconds = Field(120.0, description="longest wait until the cluster is ready")
+    redis_url: SecretStr = Field(
+        SecretStr(""), description="Redis to use; $REDIS_URL or an embedded server if empty"
+    )
+    device: str = Field("cpu", description="torch device of the workers")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of weights and KV"
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="torch threads per worker; the cores shared out if 0"
+    )
+    block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
+    kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks per worker")
+    max_batch_tokens: Positive = Field(512, description="token budget of one pass")
+    max_batch_sequences: Positive = Field(64, description="sequences in one pass")
+    max_context: Annotated[int, Field(ge=0)] = Field(0, description="longest prompt plus output")
+
+    @field_validator("address")
+    @classmethod
+    def _has_port(cls, value: str) -> str:
+        if ":" not in value:
+            raise ValueError("must be host:port")
+        return value
+
+
+C = TypeVar("C", bound=ProcessConfig)
+
+
+def load(kind: type[C], flags: dict[str, Any], file: Path | None = None) -> C:
+    """Read one process's configuration.
+
+    `flags` holds only what the command line set. Raises ConfigError naming every bad field, and
+    unknown keys of the file.
+    """
+    if file is not None:
+        try:
+            content = yaml.safe_load(file.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"configuration file {file}: {error}") from error
+        if content is not None and not isinstance(content, dict):
+            raise ConfigError(f"configuration file {file}: must be a mapping of flags to values")
+    try:
+        return kind(_yaml=file, **flags)
+    except ValidationError as error:
+        lines = [
+            f"--{str(e['loc'][0]).replace('_', '-') if e['loc'] else '?'}: {e['msg']}"
+            for e in error.errors()
+        ]
+        raise ConfigError("; ".join(lines)) from error
+
+
+def host_of(address: str) -> str:
+    """The host part of host:port."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def require_loopback(address: str, *, insecure_network: bool) -> None:
+    """Refuse to listen beyond this host in the clear unless told to.
+
+    Raises ConfigError.
+    """
+    local = host_of(address) in ("127.0.0.1", "localhost", "::1") or address.startswith("unix:")
+    if not local and not insecure_network:
+        raise ConfigError(
+            f"--address {address}: listening beyond loopback without TLS needs "
+            "--insecure-network (do that only inside a private network)"
+        )
+
+
+def environment_names(kind: type[ProcessConfig]) -> dict[str, str]:
+    """Field name to environment variable, for help texts and for starting child processes."""
+    return {name: f"BATON_{name.upper()}" for name in kind.model_fields}
+
+
+def redis_url_from_environment() -> str:
+    """`$REDIS_URL`, the conventional name, or empty."""
+    return os.environ.get("REDIS_URL", "")

@@ -1,0 +1,70 @@
+"""The plain data of a step: what to run, what came out, and how much there is to run it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.types import Logprob
+from scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a worker has. `max_context` is the longest prompt plus output, in tokens."""
+
+    blocks: int
+    block_size: int
+    max_tokens: int  # token budget of one pass
+    max_sequences: int  # sequences in one pass
+    max_context: int
+
+    def blocks_for(self, tokens: int) -> int:
+        """KV blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence in one pass; `sample` if they are its last."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass. Every chunk's blocks are allocated; generating sequences come first."""
+
+    chunks: tuple[Chunk, ...]
+    swap_in: tuple[Sequence, ...] = ()
+    swap_out: tuple[Sequence, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pass."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sampled token, with its logprob if the request asks for it."""
+
+    token_id: int
+    logprob: Logprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a pass gave.
+
+    `sampled[i]` belongs to `plan.chunks[i]` (None where the chunk does not sample).
+    `prompt_logprobs[i]` holds, for each position of the chunk whose request asks for it and that
+    predicts another prompt token, the logprob of that next token; empty otherwise. `seconds` is
+    the wall time of the pass.
+    """
+
+    sampled: tuple[Sampled | None, ...]
+    prompt_logprobs: tuple[tuple[Logprob, ...], ...]
+    seconds: float

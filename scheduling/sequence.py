@@ -1,0 +1,110 @@
+"""One sequence of tokens on its way through a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from baton.types import Finish, FinishReason, Request
+
+
+class Phase(Enum):
+    """Where a sequence stands. Legal moves are in `Sequence.move`."""
+
+    WAITING = auto()  # holds no blocks; wants some
+    INCOMING = auto()  # holds blocks that a KV transfer is filling; not schedulable
+    RUNNING = auto()  # holds blocks and may be in a batch
+    FINISHED = auto()  # holds nothing, never comes back
+
+
+_MOVES = {
+    Phase.WAITING: {Phase.RUNNING, Phase.INCOMING, Phase.FINISHED},
+    Phase.INCOMING: {Phase.RUNNING, Phase.WAITING, Phase.FINISHED},
+    Phase.RUNNING: {Phase.WAITING, Phase.FINISHED},
+    Phase.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and output tokens of one sequence, and how far its KV has been computed.
+
+    There is no prefill phase and no decode phase: a sequence wants `computed` to reach
+    `len(tokens)`; when a chunk gets it there, the pass samples one more token. Owned by one
+    scheduler at a time, which alone changes it, and only between passes.
+    """
+
+    # Set by whoever submits it.
+    request: Request
+    index: int
+    tokens: list[int]
+    arrived_at: float
+
+    # Set by the scheduler.
+    computed: int = 0  # tokens whose KV is in `blocks`
+    blocks: list[int] = field(default_factory=list)  # block table, in order of position
+    phase: Phase = Phase.WAITING
+    finish: Finish | None = None
+    preemptions: int = 0
+
+    # Set by the policy.
+    level: int = 0  # MLFQ level, 0 first
+    served: float = 0.0  # seconds of passes charged to it in this level
+    waiting_since: float = 0.0  # when it last ran, or arrived
+
+    @classmethod
+    def start(cls, request: Request, index: int, now: float) -> Sequence:
+        """Sequence `index` of `request`, with what earlier attempts generated already in it."""
+        prior = request.prior(index)
+        return cls(
+            request=request,
+            index=index,
+            tokens=[*request.prompt_ids, *prior.token_ids],
+            arrived_at=now,
+            level=request.level,
+            waiting_since=now,
+        )
+
+    @property
+    def id(self) -> tuple[str, int]:
+        """Unique in a worker."""
+        return (self.request.id, self.index)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far, those of earlier attempts included."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens that passes must still cover before the next one can be sampled; at least 1."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generating(self) -> bool:
+        """True when one more token of KV gives the next output token."""
+        return self.uncomputed == 1 and self.generated > 0
+
+    def move(self, phase: Phase) -> None:
+        """Change phase; a move that is not in the table is a bug in the caller."""
+        if phase not in _MOVES[self.phase]:
+            raise RuntimeError(f"sequence {self.id}: {self.phase.name} -> {phase.name}")
+        self.phase = phase
+
+    def append(self, token_id: int) -> Finish | None:
+        """Take a sampled token; returns how the sequence ends with it, or None if it goes on."""
+        self.tokens.append(token_id)
+        stopping = self.request.stopping
+        if self.generated > stopping.min_tokens:
+            if token_id in stopping.eos_token_ids:
+                return Finish(FinishReason.STOP, token_id, is_eos=True)
+            if token_id in stopping.stop_token_ids:
+                return Finish(FinishReason.STOP, token_id)
+        if self.generated >= stopping.max_tokens:
+            return Finish(FinishReason.LENGTH)
+        return None
