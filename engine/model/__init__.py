@@ -1,0 +1,1 @@
+"""Models, weights, sampling and the runner that executes plans with torch."""
