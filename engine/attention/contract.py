@@ -23,6 +23,7 @@ class Batch:
     starts: tuple[int, ...]  # [S]
     lengths: tuple[int, ...]  # [S]
     block_tables: tuple[Tensor, ...]  # S x [blocks of the sequence] int64
+    prompt_lengths: tuple[int, ...]  # [S]: dynamic RoPE scales by max(position + 1, prompt length)
     logit_rows: Tensor  # [R] int64: rows of the flat batch whose logits are wanted
 
 
@@ -63,4 +64,3 @@ class AttentionBackend(Protocol):
         position p see [p - w + 1, p]. Returns [T, heads, head_dim] in q's dtype.
         """
         ...
-
