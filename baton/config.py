@@ -193,7 +193,8 @@ def load(kind: type[C], flags: dict[str, Any], file: Path | None = None) -> C:
         if content is not None and not isinstance(content, dict):
             raise ConfigError(f"configuration file {file}: must be a mapping of flags to values")
     try:
-        return kind(_yaml=file, **flags)
+        # `_yaml` travels through the init source: pydantic-settings has no per-call file.
+        return kind(**{"_yaml": file, **flags})
     except ValidationError as error:
         lines = [
             f"--{str(e['loc'][0]).replace('_', '-') if e['loc'] else '?'}: {e['msg']}"
