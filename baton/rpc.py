@@ -191,7 +191,7 @@ class Server:
                 ("grpc.http2.max_ping_strikes", 0),
             ],
         )
-        self.health = health.aio.HealthServicer()
+        self.health = health.aio.HealthServicer()  # type: ignore[attr-defined] # not in the stubs
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         self._services: list[str] = []
         try:
