@@ -22,7 +22,7 @@ class Batch:
     slots: Tensor  # [T] int64: block * block_size + offset, where each token's KV goes
     starts: tuple[int, ...]  # [S]
     lengths: tuple[int, ...]  # [S]
-    block_tables: tuple[Tensor, ...]  # S x [blocks of the sequence] int64
+    block_tables: Tensor  # [S, B] int64, in order of position; rows end in repeats of their last
     prompt_lengths: tuple[int, ...]  # [S]: dynamic RoPE scales by max(position + 1, prompt length)
     logit_rows: Tensor  # [R] int64: rows of the flat batch whose logits are wanted
 
