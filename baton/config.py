@@ -72,7 +72,16 @@ class ProcessConfig(BaseSettings):
         return self.model_dump(mode="json")
 
 
-class GatewayConfig(ProcessConfig):
+class SchedulingConfig(ProcessConfig):
+    """What the gateway and the workers must agree on: the same levels and quanta."""
+
+    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(5, description="MLFQ levels")
+    mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
+    mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
+    mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
+
+
+class GatewayConfig(SchedulingConfig):
     """The gateway."""
 
     address: str = Field("127.0.0.1:50051", description="host:port of the public API")
@@ -88,10 +97,6 @@ class GatewayConfig(ProcessConfig):
     queue_timeout: Seconds = Field(30.0, description="longest wait in the queue")
     request_timeout: Seconds = Field(600.0, description="deadline for callers that set none")
     max_attempts: Positive = Field(4, description="workers tried per request")
-    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(5, description="MLFQ levels")
-    mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
-    mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
-    mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
     prefill_seconds_per_token: Seconds = Field(
         0.0005, description="cost model of the first iteration: per uncached prompt token"
     )
@@ -100,7 +105,7 @@ class GatewayConfig(ProcessConfig):
     )
 
 
-class WorkerConfig(ProcessConfig):
+class WorkerConfig(SchedulingConfig):
     """What both kinds of worker have."""
 
     worker_id: str = Field("", description="unique id; made up if empty")
@@ -122,6 +127,7 @@ class WorkerConfig(ProcessConfig):
     policy: Literal["fcfs", "skip-join-mlfq"] = Field(
         "skip-join-mlfq", description="order in which sequences run"
     )
+    max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
     worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
 
 
@@ -142,7 +148,9 @@ class DecodeConfig(WorkerConfig):
     address: str = Field("127.0.0.1:50071", description="host:port of the worker's API")
     kv_transports: str = Field("shm,tcp", description="KV transports to try, best first")
     kv_timeout: Seconds = Field(20.0, description="longest silence during a KV pull")
-    max_waiting: Positive = Field(1024, description="requests held beyond the running batch")
+    reserve_timeout: Seconds = Field(
+        60.0, description="longest time that reserved KV blocks wait for their prefill"
+    )
 
 
 class ServeConfig(ProcessConfig):
