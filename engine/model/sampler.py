@@ -1,0 +1,161 @@
+"""From logits to tokens, and the log probabilities that requests ask for.
+
+A sampled token depends on its own row of logits and on (seed, sequence index, position), never
+on the batch around it: the noise comes from a counter, not from a generator with state. It is
+Gumbel noise rather than one point on a cumulative sum, so logits that differ in their last bits,
+as those of differently shaped batches do, change a token only where the two best candidates
+nearly tie, and cutting unlikely tokens changes a choice only if it cuts the choice itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from baton.types import Logprob
+from engine.model.logits import adjust, finite, needs_adjustment, warp
+from engine.model.philox import uniforms
+from scheduling.plan import Sampled
+from scheduling.sequence import Sequence
+
+_logger = logging.getLogger(__name__)
+
+# Tokens per block of the two-stage draw. Part of what a seed means: changing it changes samples.
+_BLOCK = 256
+# Rows of logits turned into log probabilities at once, which bounds the float32 copy.
+_LOGPROB_ROWS = 64
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    """The next token of each sequence, given its logits [S, vocab] of any float type.
+
+    Logits that are NaN count as -inf, and +inf as the largest float. Where no token is left (the
+    model is broken, or nothing allowed is possible) the token is one that ends the sequence if it
+    may, else the first one allowed, else 0; a warning is logged, and other rows are unharmed.
+    """
+    if all(_is_plain_greedy(sequence) for sequence in sequences):
+        best = logits.max(dim=-1)
+        if bool(best.values.isfinite().all()):
+            return [Sampled(token) for token in best.indices.tolist()]
+    raw = finite(logits)
+    tokens = _choose(adjust(raw, sequences), sequences)
+    reports = _reports(raw, tokens, sequences)
+    return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: Tensor, targets: list[int], alternatives: int) -> tuple[Logprob, ...]:
+    """Log probability of `targets[i]` under row i of the logits [len(targets), vocab]."""
+    return _logprobs(logits, targets, [alternatives] * len(targets))
+
+
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    request = sequence.request
+    return (
+        request.sampling.temperature == 0
+        and request.logprobs is None
+        and not needs_adjustment(sequence)
+    )
+
+
+def _choose(scores: Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token for each row of adjusted scores [S, vocab]."""
+    best = scores.max(dim=-1)
+    chosen = best.indices
+    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    if drawn:
+        rows = scores if len(drawn) == len(sequences) else scores[drawn]
+        samplers = [sequences[row] for row in drawn]
+        chosen[drawn] = _draw(warp(rows, [s.request.sampling for s in samplers]), samplers)
+    tokens: list[int] = chosen.tolist()
+    for row in (best.values == -math.inf).nonzero().flatten().tolist():
+        tokens[row] = _last_resort(sequences[row])
+    return tokens
+
+
+def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Sample from unnormalized log probabilities [S, vocab] by the Gumbel-max trick: [S].
+
+    Two stages, exact in distribution: first a block of tokens by its total mass, then a token
+    inside it. That takes vocab / 256 + 256 random numbers a row instead of one per token.
+    """
+    blocks = -(-scores.shape[-1] // _BLOCK)
+    padding = blocks * _BLOCK - scores.shape[-1]
+    grouped = pad(scores, (0, padding), value=-math.inf).reshape(-1, blocks, _BLOCK)
+    points = uniforms(
+        [s.request.sampling.seed for s in sequences],
+        [s.index for s in sequences],
+        [len(s.tokens) for s in sequences],
+        _BLOCK + blocks,
+        scores.device,
+    )
+    noise = -(-points.log()).log()  # [S, _BLOCK + blocks], standard Gumbel
+    block = (grouped.logsumexp(dim=-1) + noise[:, _BLOCK:]).argmax(dim=-1)
+    members = grouped[torch.arange(len(sequences), device=scores.device), block]  # [S, _BLOCK]
+    offset = (members + noise[:, :_BLOCK]).argmax(dim=-1)
+    return offset.add(block, alpha=_BLOCK)
+
+
+def _last_resort(sequence: Sequence) -> int:
+    """What to emit when no token is possible; see `sample`."""
+    _logger.warning("request %s: no token is possible at this step", sequence.request.id)
+    stopping = sequence.request.stopping
+    allowed = sequence.request.sampling.allowed_token_ids
+    ends = sorted(stopping.eos_token_ids) + sorted(stopping.stop_token_ids)
+    possible = [token for token in ends if not allowed or token in allowed]
+    return (*possible, *allowed, 0)[0]
+
+
+def _reports(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[int, Logprob]:
+    """Logprobs of the chosen tokens, by row, for the requests that ask for them."""
+    wanted = {
+        row: sequence.request.logprobs
+        for row, sequence in enumerate(sequences)
+        if sequence.request.logprobs is not None
+    }
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    reports = _logprobs(raw[rows], [tokens[row] for row in rows], list(wanted.values()))
+    return dict(zip(rows, reports, strict=True))
+
+
+def _logprobs(logits: Tensor, targets: list[int], alternatives: list[int]) -> tuple[Logprob, ...]:
+    """Logprob of each row's target, with the row's own number of alternatives."""
+    reports: list[Logprob] = []
+    for start in range(0, len(targets), _LOGPROB_ROWS):
+        rows = slice(start, start + _LOGPROB_ROWS)
+        reports += _logprob_rows(logits[rows], targets[rows], alternatives[rows])
+    return tuple(reports)
+
+
+def _logprob_rows(logits: Tensor, targets: list[int], alternatives: list[int]) -> list[Logprob]:
+    scores = finite(logits)
+    total = scores.logsumexp(dim=-1, keepdim=True)
+    chosen = scores.gather(-1, torch.tensor(targets, device=scores.device)[:, None])
+    ranks = (scores > chosen).sum(dim=-1) + 1
+    top = scores.topk(min(max(alternatives), scores.shape[-1]), dim=-1)
+
+    def logprob(values: Tensor) -> list[list[float]]:
+        # A row without any possible token has no distribution: -inf for all of it.
+        shares: list[list[float]] = (values - total).nan_to_num(nan=-math.inf).tolist()
+        return shares
+
+    columns = zip(
+        targets,
+        logprob(chosen),
+        ranks.tolist(),
+        top.indices.tolist(),
+        logprob(top.values),
+        alternatives,
+        strict=True,
+    )
+    return [
+        Logprob(token, own, rank, tuple(zip(ids[:count], shares[:count], strict=True)))
+        for token, (own,), rank, ids, shares, count in columns
+    ]
