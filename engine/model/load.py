@@ -1,0 +1,88 @@
+"""From a model directory to an executor that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from baton.errors import ConfigError
+from engine.attention.select import select_attention
+from engine.model.config import read_config
+from engine.model.model import PagedModel
+from engine.model.pool import KvGeometry, KvPool
+from engine.model.runner import Threads, TorchExecutor
+from engine.model.select import build_model
+from engine.model.weights import fingerprint
+from scheduling.plan import Capacity
+
+
+def load_executor(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    block_size: int = 16,
+    kv_blocks: int = 0,
+    kv_memory: int = 512 * 2**20,
+    max_batch_tokens: int = 512,
+    max_batch_sequences: int = 64,
+    max_context: int = 0,
+    attention_backend: str = "auto",
+    threads: int = 0,
+    buffer: Callable[[int], memoryview] | None = None,
+) -> TorchExecutor:
+    """Load a model and allocate its KV cache. Parameters as in baton.config.WorkerConfig.
+
+    `buffer(bytes)` provides the memory of the KV pool, writable and zeroed; torch allocates it if
+    None. With `kv_blocks` 0 the pool takes `kv_memory` bytes, but never more than
+    `max_batch_sequences` sequences of `max_context` tokens can fill.
+
+    Raises ModelError if the directory cannot be served, ConfigError if the parameters make no
+    sense together.
+    """
+    limits = Threads(threads)
+    limits.apply()
+    config = read_config(path)
+    with torch.inference_mode():
+        attention = select_attention(attention_backend, device)
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        model, chosen = build_model(config, wanted, device, attention)
+    geometry = KvGeometry(
+        model_fingerprint=fingerprint(path),
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        dtype=str(chosen).removeprefix("torch."),
+        block_size=block_size,
+        item_size=chosen.itemsize,
+    )
+    context = _context(model, max_context)
+    blocks = kv_blocks or _blocks(geometry, kv_memory, max_batch_sequences, context)
+    memory = buffer(blocks * geometry.block_bytes) if buffer is not None else None
+    pool = KvPool(geometry, blocks, device=device, buffer=memory)
+    capacity = Capacity(
+        blocks=blocks,
+        block_size=block_size,
+        max_tokens=max_batch_tokens,
+        max_sequences=max_batch_sequences,
+        max_context=context,
+    )
+    return TorchExecutor(model, pool, capacity, limits)
+
+
+def _context(model: PagedModel, max_context: int) -> int:
+    if max_context > model.max_context:
+        raise ConfigError(
+            f"--max-context {max_context}: the model's limit is {model.max_context} tokens"
+        )
+    return max_context or model.max_context
+
+
+def _blocks(geometry: KvGeometry, kv_memory: int, sequences: int, context: int) -> int:
+    """Blocks that fit into `kv_memory` and could ever be used at once."""
+    fit = kv_memory // geometry.block_bytes
+    if fit < 1:
+        raise ConfigError(f"--kv-memory {kv_memory}: one block takes {geometry.block_bytes} bytes")
+    return min(fit, sequences * -(-context // geometry.block_size))

@@ -1,0 +1,82 @@
+"""Rotary position embeddings, with the scaling variants that transformers knows.
+
+Inverse frequencies come from transformers' own functions. Two variants depend on how long the
+sequence is: dynamic NTK and LongRoPE. There transformers' `generate` rotates a whole prompt by the
+prompt's length, and then each new token by the length it makes, while the cache keeps what
+was rotated earlier. Token p of a sequence is therefore rotated for length
+max(p + 1, prompt length), which needs no state, so chunked prefill, preemption and hand-off give
+the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from baton.errors import ModelError
+from engine.attention.contract import Batch
+
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class Rope:
+    """Gives each token of a batch its cosines and sines.
+
+    Raises ModelError for an unknown variant and for rotations of only a part of each head.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self._config, self._dtype, self._device = config, dtype, device
+        parameters = config.rope_parameters
+        self._variant = parameters["rope_type"]
+        if self._variant != "default" and self._variant not in ROPE_INIT_FUNCTIONS:
+            raise ModelError(f"RoPE variant {self._variant!r} is not known")
+        self._theta = float(parameters["rope_theta"])
+        self._head_dim = head_dim
+        self._frequencies, self._scaling = self._frequencies_for(None)
+        if len(self._frequencies) * 2 != head_dim:
+            raise ModelError("RoPE over a part of each head is not supported here")
+        self._rows: Callable[[Batch], Tensor] = (
+            self._rows_by_length if self._variant in _LENGTH_DEPENDENT else self._rows_fixed
+        )
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin for `layers.rotate`, each [T, 1, head_dim], in the model's dtype."""
+        angles = batch.positions[:, None].float() * self._rows(batch)  # [T, head_dim / 2]
+        cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
+        return (
+            torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype),
+            torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),
+        )
+
+    def _rows_fixed(self, batch: Batch) -> Tensor:
+        return self._frequencies
+
+    def _rows_by_length(self, batch: Batch) -> Tensor:
+        """Inverse frequencies per token, [T, head_dim / 2]."""
+        lengths: list[int] = []
+        spans = zip(batch.starts, batch.lengths, batch.prompt_lengths, strict=True)
+        for start, length, prompt in spans:
+            lengths += [max(position + 1, prompt) for position in range(start, start + length)]
+        distinct = sorted(set(lengths))
+        rows = torch.stack([self._frequencies_for(length)[0] for length in distinct])
+        where = {length: row for row, length in enumerate(distinct)}
+        return rows[torch.tensor([where[length] for length in lengths], device=self._device)]
+
+    def _frequencies_for(self, length: int | None) -> tuple[Tensor, float]:
+        if self._variant == "default":
+            powers = torch.arange(0, self._head_dim, 2, device=self._device).float()
+            return 1.0 / self._theta ** (powers / self._head_dim), 1.0
+        compute = ROPE_INIT_FUNCTIONS[self._variant]
+        frequencies, scaling = compute(self._config, self._device, seq_len=length)
+        return frequencies.float(), float(scaling)

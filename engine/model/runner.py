@@ -1,0 +1,122 @@
+"""Runs plans with torch: batch, forward pass, sampling.
+
+Knows nothing about who is scheduled or why, and nothing about text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baton.types import Logprob, Request, Sampling, Stopping
+from engine.model import sampler
+from engine.model.batch import ChunkLogits, begun_blocks, build_batch
+from engine.model.model import PagedModel
+from engine.model.pool import KvPool
+from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+from scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """How many threads torch may use in a pass; torch keeps that number per calling thread."""
+
+    count: int  # 0: torch's own choice
+
+    def apply(self) -> None:
+        """Set it for the calling thread."""
+        if self.count:
+            torch.set_num_threads(self.count)
+
+
+class TorchExecutor:
+    """An Executor (engine/executor.py) over one model and one pool."""
+
+    def __init__(
+        self, model: PagedModel, pool: KvPool, capacity: Capacity, threads: Threads
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self._capacity = capacity
+        self._threads = threads
+        self._thread: int | None = None
+        self._device = pool.storage.device
+
+    @property
+    def capacity(self) -> Capacity:
+        """What it runs on; fixed after load."""
+        return self._capacity
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model's configuration and weights."""
+        return self.pool.geometry.model_fingerprint
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one pass. Blocking, one at a time, but on any thread."""
+        started = time.perf_counter()
+        if self._thread != threading.get_ident():
+            self._threads.apply()
+            self._thread = threading.get_ident()
+        if not plan.chunks:
+            return StepResult((), (), time.perf_counter() - started)
+        with torch.inference_mode():
+            self.pool.clear(begun_blocks(plan, self.pool.block_size))
+            batch, rows = build_batch(plan, self.pool.block_size, self._device)
+            logits = self.model.forward(batch, self.pool)
+            sampled = _sample(plan.chunks, rows, logits)
+            prompt = tuple(
+                _prompt_logprobs(chunk, wanted, logits)
+                for chunk, wanted in zip(plan.chunks, rows, strict=True)
+            )
+        return StepResult(sampled, prompt, time.perf_counter() - started)
+
+    def warm_up(self) -> None:
+        """Run a prompt-shaped and a generation-shaped pass, so that the first request does not
+        pay for what torch does once. Uses the first blocks and zeroes them: call it before
+        anything is served."""
+        size, capacity = self.pool.block_size, self._capacity
+        tokens = min(capacity.max_tokens, capacity.max_context, self.pool.blocks * size)
+        prompt = _scratch(0, tokens, list(range(capacity.blocks_for(tokens))))
+        self.execute(StepPlan((Chunk(prompt, 0, tokens, sample=True),)))
+        count = min(capacity.max_sequences, capacity.max_tokens, self.pool.blocks)
+        singles = [_scratch(index, 1, [index]) for index in range(count)]
+        self.execute(StepPlan(tuple(Chunk(single, 0, 1, sample=True) for single in singles)))
+        self.pool.clear(range(max(len(prompt.blocks), count)))
+
+
+def _sample(
+    chunks: tuple[Chunk, ...], rows: tuple[ChunkLogits, ...], logits: Tensor
+) -> tuple[Sampled | None, ...]:
+    """The next token of every chunk that samples."""
+    wanted = [row.sample for row in rows if row.sample is not None]
+    if not wanted:
+        return (None,) * len(chunks)
+    if len(wanted) < len(logits):
+        logits = logits[torch.tensor(wanted, device=logits.device)]
+    tokens = iter(sampler.sample(logits, [c.sequence for c in chunks if c.sample]))
+    return tuple(next(tokens) if chunk.sample else None for chunk in chunks)
+
+
+def _prompt_logprobs(chunk: Chunk, rows: ChunkLogits, logits: Tensor) -> tuple[Logprob, ...]:
+    """Logprobs of the prompt tokens that the chunk's rows predict, if they are asked for."""
+    alternatives = chunk.sequence.request.prompt_logprobs
+    if alternatives is None or not rows.prompt:
+        return ()
+    first = chunk.start + 1
+    targets = chunk.sequence.tokens[first : first + len(rows.prompt)]
+    return sampler.prompt_logprobs(
+        logits[rows.prompt.start : rows.prompt.stop], targets, alternatives
+    )
+
+
+def _scratch(index: int, tokens: int, blocks: list[int]) -> Sequence:
+    """A sequence that nobody asked for."""
+    request = Request(f"warm-up-{index}", (0,) * tokens, Sampling(), Stopping(max_tokens=1))
+    sequence = Sequence.start(request, 0, now=0.0)
+    sequence.blocks = blocks
+    return sequence

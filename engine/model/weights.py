@@ -1,0 +1,117 @@
+"""Tensors from safetensors files, by name, checked and converted; and what identifies them.
+
+Never pickle: config.py refuses directories without safetensors before this module sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from baton.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SAMPLES = 64  # places of each file that the fingerprint looks at
+_SAMPLE_BYTES = 4096
+
+
+class Checkpoint:
+    """The tensors of a model directory, mapped into memory and read on demand, in `dtype` on
+    `device`.
+
+    Raises ModelError if a file is missing, truncated or no safetensors file.
+    """
+
+    def __init__(
+        self, path: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """`dtype` None: that of the first floating-point tensor."""
+        self.path = path
+        self.files = _files(path)
+        self._readers: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        for file in self.files:
+            try:
+                reader: Any = safe_open(file, framework="pt", device="cpu")
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file}: damaged or incomplete: {error}") from error
+            self._readers[file] = reader
+            self._where |= dict.fromkeys(reader.keys(), file)
+        self.dtype = dtype or self._stored_dtype()
+        self.device = device
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def _stored_dtype(self) -> torch.dtype:
+        for name in self._where:
+            dtype = self._read(name).dtype
+            if dtype in _FLOATS:
+                return dtype
+        raise ModelError(f"{self.path}: has no floating-point tensor")
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """A copy of tensor `name` in memory of its own.
+
+        Raises ModelError if it is missing, has another shape, or holds no plain floats.
+        """
+        if name not in self._where:
+            raise ModelError(f"{self.path}: tensor {name!r} is missing")
+        found = self._read(name)
+        if tuple(found.shape) != shape:
+            raise ModelError(
+                f"{self.path}: tensor {name!r} has shape {tuple(found.shape)}, "
+                f"the configuration asks for {shape}"
+            )
+        if found.dtype not in _FLOATS:
+            raise ModelError(f"{self.path}: tensor {name!r} holds {found.dtype}")
+        return found.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._readers[self._where[name]].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self.path}: tensor {name!r}: {error}") from error
+        return tensor
+
+
+def fingerprint(path: Path) -> str:
+    """32 hex digits that change with the configuration or the weights of a model directory.
+
+    Fast for any size: hashes config.json, and of each weight file its size, its header (names,
+    shapes, dtypes) and evenly spaced samples of its bytes.
+    """
+    digest = xxhash.xxh3_128((path / "config.json").read_bytes())
+    for file in _files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header, size)))
+            for sample in range(_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    """The weight files of a directory, as its index lists them, else all that there are."""
+    index = path / _INDEX
+    if not index.is_file():
+        return sorted(path.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index}: damaged: {error!r}") from error
+    files = [path / name for name in sorted(names)]
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise ModelError(f"{index}: names {file.name!r}, which is not there")
+    return files
