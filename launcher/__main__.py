@@ -1,0 +1,5 @@
+"""`python -m launcher` is `baton`."""
+
+from launcher.cli import main
+
+main()

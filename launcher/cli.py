@@ -1,0 +1,180 @@
+"""The `baton` command line.
+
+Exit codes: 0 done; 1 it failed while running; 2 the command line, the configuration or the model
+directory is wrong.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import rich_click as click
+
+from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+from baton.errors import BatonError, ConfigError, ModelError
+from launcher.options import config_options, read_config
+
+_PROCESSES = ["gateway", "prefill", "decode"]
+click.rich_click.MAX_WIDTH = 110
+click.rich_click.COMMAND_GROUPS = {
+    "baton": [
+        {"name": "Use", "commands": ["demo", "serve", "generate"]},
+        {"name": "One process each, as a cluster runs them", "commands": _PROCESSES},
+        {"name": "Other", "commands": ["bench", "version"]},
+    ]
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def baton() -> None:
+    """Serve large language models over gRPC, with prefill and decode in separate workers.
+
+    Try `baton demo`. To serve a model of yours: `baton serve --model DIR`, and from another
+    terminal `baton generate "What does itertools.chain do?"`.
+
+    Every setting is a flag, an environment variable (BATON_ and its name) and a key of a YAML file
+    (--config), in this order of precedence.
+    """
+
+
+@baton.command()
+@config_options(ServeConfig)
+def serve(**options: Any) -> None:
+    """Run a local cluster: Redis, a gateway and workers.
+
+    Prints one line `ready address=...` on standard output once requests are served; logs go to
+    standard error. Ctrl-C or SIGTERM stops everything; the second one does so at once.
+    Settings of workers that are no flag here are read from BATON_*.
+    """
+    config = read_config(ServeConfig, options)
+    import uvloop
+
+    from launcher.serve import run
+
+    sys.exit(uvloop.run(run(config)))
+
+
+@baton.command()
+@config_options(GatewayConfig)
+def gateway(**options: Any) -> None:
+    """Run one gateway: the public API."""
+    config = read_config(GatewayConfig, options)
+    import uvloop
+
+    from gateway import main as process
+
+    uvloop.run(process.run(config))
+
+
+@baton.command()
+@config_options(PrefillConfig)
+def prefill(**options: Any) -> None:
+    """Run one prefill worker: prompts in, KV blocks out."""
+    config = read_config(PrefillConfig, options)
+    import uvloop
+
+    from prefill_worker import main as process
+
+    uvloop.run(process.run(config))
+
+
+@baton.command()
+@config_options(DecodeConfig)
+def decode(**options: Any) -> None:
+    """Run one decode worker: KV blocks in, tokens out."""
+    config = read_config(DecodeConfig, options)
+    import uvloop
+
+    from decode_worker import main as process
+
+    uvloop.run(process.run(config))
+
+
+@baton.command()
+@click.argument("text")
+@click.option(
+    "--address",
+    envvar="BATON_ADDRESS",
+    default="127.0.0.1:50051",
+    show_default=True,
+    show_envvar=True,
+    help="host:port of a gateway",
+)
+@click.option("--model", default="", help="served model; the only one if not given")
+@click.option("--max-tokens", type=int, help="most tokens to generate")
+@click.option("--temperature", type=float, help="0 takes the likeliest token each time")
+@click.option("--seed", type=int, help="makes a sampled output repeatable")
+@click.option("--system", default="", help="system message of the chat")
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="send TEXT as a chat turn, or as plain text to go on from; a chat turn if the model has "
+    "a chat template",
+)
+@click.option("--json", "as_json", is_flag=True, help="print each event as one line of JSON")
+@click.option("--timeout", type=float, default=300.0, show_default=True, help="seconds, in all")
+def generate(text: str, **options: Any) -> None:
+    """Stream a model's answer to TEXT ("-" reads it from standard input)."""
+    import uvloop
+
+    from launcher.generate import Ask, run
+
+    ask = Ask(text=sys.stdin.read() if text == "-" else text, **options)
+    sys.exit(uvloop.run(run(ask)))
+
+
+@baton.command()
+@config_options(ServeConfig)
+def demo(**options: Any) -> None:
+    """Start a local cluster, stream answers to several prompts at once, and stop it again."""
+    config = read_config(ServeConfig, options)
+    import uvloop
+
+    from launcher.demo import run
+
+    sys.exit(uvloop.run(run(config)))
+
+
+@baton.group()
+def bench() -> None:
+    """Measure."""
+
+
+@bench.command(
+    "engine",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench_engine(arguments: tuple[str, ...]) -> None:
+    """Time the engine alone, on the demo model and on a random one."""
+    script = Path(__file__).parent.parent / "benchmarks" / "engine.py"
+    if not script.exists():
+        raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")
+    sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
+
+
+@baton.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    click.echo(f"baton {installed('baton-serve')}")
+
+
+def main() -> NoReturn:
+    """Entry point: errors on purpose are one line on standard error, never a traceback."""
+    try:
+        baton(prog_name="baton")
+    except (ConfigError, ModelError) as error:
+        click.echo(f"baton: {error}", err=True)
+        sys.exit(2)
+    except BatonError as error:
+        click.echo(f"baton: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    raise AssertionError("click exits by itself")

@@ -1,0 +1,71 @@
+"""`baton demo`: a local cluster, several questions at once, their answers live, and the figures.
+
+A client like any other: it knows the public API only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import grpc.aio
+from rich.console import Console
+
+from baton.config import ServeConfig
+from baton.v1 import generation_pb2_grpc
+from launcher.cluster import LocalCluster
+from launcher.generate import describe
+from launcher.interrupt import interruptible
+from launcher.questions import QUESTIONS, Answer
+from launcher.screen import Screen, screen_for, summary
+from launcher.serve import to_stderr
+
+TIMEOUT = 60.0  # seconds for one answer
+
+
+async def run(config: ServeConfig) -> int:
+    """Run it; returns the exit code."""
+    quiet = {} if "log_level" in config.model_fields_set else {"log_level": "warning"}
+    code = await interruptible(_demo(config.model_copy(update=quiet), Console()))
+    return 130 if code is None else code
+
+
+async def _demo(config: ServeConfig, console: Console) -> int:
+    answers = [Answer(question) for question in QUESTIONS]
+    started = time.perf_counter()
+    console.print("[dim]starting Redis, a gateway and workers, each a process of its own[/]")
+    async with LocalCluster(config, to_stderr) as cluster:
+        pids = "  ".join(f"{name} [bold]{pid}[/]" for name, pid in cluster.pids.items())
+        console.print(
+            f"ready on {cluster.address} in {time.perf_counter() - started:.1f} s: {pids}"
+        )
+        asked = time.perf_counter()
+        with screen_for(console, answers) as screen:
+            await _ask_all(cluster.address, answers, screen)
+        wall = time.perf_counter() - asked
+    console.print(summary(answers, wall))
+    failed = [answer for answer in answers if answer.error]
+    for answer in failed:
+        console.print(f"[red]{answer.question.text}: {answer.error}[/]")
+    console.print("[dim]all processes stopped[/]")
+    return 1 if failed else 0
+
+
+async def _ask_all(address: str, answers: Sequence[Answer], screen: Screen) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        await asyncio.gather(*(_ask(stub, answer, screen) for answer in answers))
+
+
+async def _ask(
+    stub: generation_pb2_grpc.GenerationServiceAsyncStub, answer: Answer, screen: Screen
+) -> None:
+    """Stream one answer into `answer`, showing it as it grows."""
+    try:
+        async for response in stub.Generate(answer.question.request(), timeout=TIMEOUT):
+            answer.take(response)
+            screen.update(answer)
+    except grpc.aio.AioRpcError as error:
+        answer.error = describe(error)
+        screen.update(answer)

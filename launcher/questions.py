@@ -1,0 +1,90 @@
+"""What the demo asks, and what came back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.v1 import generation_pb2 as api
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt; `turns` are what was said before. Greedy unless it has a temperature."""
+
+    text: str
+    turns: tuple[tuple[str, str], ...] = ()
+    max_tokens: int = 160
+    temperature: float = 0.0
+
+    def request(self) -> api.GenerateRequest:
+        """The request that a client sends for it."""
+        chat = api.ChatInput()
+        for question, answer in self.turns:
+            chat.messages.add(role="user", content=question)
+            chat.messages.add(role="assistant", content=answer)
+        chat.messages.add(role="user", content=self.text)
+        return api.GenerateRequest(
+            chat=chat,
+            sampling=api.SamplingParams(temperature=self.temperature, seed=7),
+            stopping=api.StoppingParams(max_tokens=self.max_tokens),
+            response=api.ResponseOptions(timing=True),
+        )
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came back for a question so far."""
+
+    question: Question
+    text: str = ""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    finished: api.Finished | None = None
+    error: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more comes."""
+        return self.finished is not None or bool(self.error)
+
+    def take(self, response: api.GenerateResponse) -> None:
+        """Add one message of the stream; kinds of a later version are ignored."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                self.prompt_tokens = response.accepted.prompt_tokens
+            case "delta":
+                self.text += response.delta.text
+                self.output_tokens += response.delta.token_count
+            case "finished":
+                self.finished = response.finished
+                self.output_tokens = response.finished.completion_tokens
+
+
+QUESTIONS = (
+    Question("What does itertools.chain do?"),
+    Question("In one sentence, what does len do?"),
+    Question("Explain os.path.join in detail."),
+    Question("What is the signature of json.dumps?"),
+    Question("Tell me about threading.Lock.", temperature=0.7),
+    Question("Is collections.deque a function or a class?"),
+    Question(
+        "What does itertools.accumulate do?",
+        turns=(
+            ("What does itertools.product do?", "Cartesian product of input iterables."),
+            (
+                "What does itertools.permutations do?",
+                "Return successive r-length permutations of elements in the iterable.",
+            ),
+            (
+                "What does itertools.combinations do?",
+                "Return successive r-length combinations of elements in the iterable.",
+            ),
+            (
+                "What is functools.reduce for?",
+                "Apply a function of two arguments cumulatively to the items of an iterable, from "
+                "left to right, so as to reduce the iterable to a single value.",
+            ),
+        ),
+    ),
+    Question("Hello!", max_tokens=40),
+)
