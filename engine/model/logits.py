@@ -17,9 +17,10 @@ from torch import Tensor
 from baton.types import Sampling
 from scheduling.sequence import Sequence
 
-# Nucleus search looks at this many tokens first: nearly always enough, and far cheaper than
-# sorting a vocabulary.
+# Nucleus search looks at this many tokens first, which is nearly always enough and far cheaper than
+# sorting a vocabulary, and at this many times more whenever it is not.
 _HEAD = 1024
+_HEAD_GROWTH = 8
 # Temperatures below this differ from greedy in nothing but their risk of overflow.
 _COLDEST = 1e-6
 
@@ -175,5 +176,5 @@ def _nucleus_edge(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
     if width < scores.shape[-1]:
         wide = ((size == width) & (edge > -math.inf)).squeeze(-1)
         if bool(wide.any()):
-            edge[wide] = _nucleus_edge(scores[wide], top_p[wide], scores.shape[-1])
+            edge[wide] = _nucleus_edge(scores[wide], top_p[wide], width * _HEAD_GROWTH)
     return edge
