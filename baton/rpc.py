@@ -3,6 +3,7 @@ statuses."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, cast
@@ -119,7 +120,7 @@ async def _abort(context: Any, error: Exception) -> None:
     await context.abort_with_status(rpc_status.to_status(status_of(error)))
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # stubs only
     """Turns BatonErrors into statuses with details, malformed messages into INVALID_ARGUMENT and
     everything else into a bare INTERNAL. CancelledError passes: swallowing it leaks the RPC."""
 
@@ -156,7 +157,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
             request: Any, context: grpc.aio.ServicerContext[Any, Any]
         ) -> AsyncIterator[Any]:
             try:
-                async for response in inner(checked(request), context):
+                result = inner(checked(request), context)
+                if inspect.isawaitable(result):  # the health service writes to the context itself
+                    await result
+                    return
+                async for response in result:
                     yield response
             except Exception as error:
                 await _abort(context, error)
