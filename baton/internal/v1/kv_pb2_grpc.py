@@ -62,7 +62,8 @@ class KvServiceServicer:
     """
 
     def Connect(self, request, context):
-        """Compatibility check and data endpoints, once per pair of engines.
+        """Compatibility check and data endpoints: once per pair of engines, and once
+        more for each further data connection, whose token works one time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +71,7 @@ class KvServiceServicer:
 
     def Follow(self, request, context):
         """Says which blocks of a lease are final, as they become so. Ends after the
-        manifest. Following a lease marks it as being read.
+        message that says sealed. Following a lease renews it once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,10 +34,12 @@ class KvServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvServiceAsyncStub: ...
     Connect: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ConnectRequest, _kv_pb2.ConnectResponse]
-    """Compatibility check and data endpoints, once per pair of engines."""
+    """Compatibility check and data endpoints: once per pair of engines, and once
+    more for each further data connection, whose token works one time.
+    """
     Follow: _grpc.UnaryStreamMultiCallable[_kv_pb2.FollowRequest, _kv_pb2.FollowResponse]
     """Says which blocks of a lease are final, as they become so. Ends after the
-    manifest. Following a lease marks it as being read.
+    message that says sealed. Following a lease renews it once.
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]
     """Extends leases, batched per engine."""
@@ -52,10 +54,12 @@ class KvServiceAsyncStub(KvServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Connect: _aio.UnaryUnaryMultiCallable[_kv_pb2.ConnectRequest, _kv_pb2.ConnectResponse]  # type: ignore[assignment]
-    """Compatibility check and data endpoints, once per pair of engines."""
+    """Compatibility check and data endpoints: once per pair of engines, and once
+    more for each further data connection, whose token works one time.
+    """
     Follow: _aio.UnaryStreamMultiCallable[_kv_pb2.FollowRequest, _kv_pb2.FollowResponse]  # type: ignore[assignment]
     """Says which blocks of a lease are final, as they become so. Ends after the
-    manifest. Following a lease marks it as being read.
+    message that says sealed. Following a lease renews it once.
     """
     Renew: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]  # type: ignore[assignment]
     """Extends leases, batched per engine."""
@@ -73,7 +77,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.ConnectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ConnectResponse, _abc.Awaitable[_kv_pb2.ConnectResponse]]:
-        """Compatibility check and data endpoints, once per pair of engines."""
+        """Compatibility check and data endpoints: once per pair of engines, and once
+        more for each further data connection, whose token works one time.
+        """
 
     @_abc_1.abstractmethod
     def Follow(
@@ -82,7 +88,7 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.FollowResponse], _abc.AsyncIterator[_kv_pb2.FollowResponse]]:
         """Says which blocks of a lease are final, as they become so. Ends after the
-        manifest. Following a lease marks it as being read.
+        message that says sealed. Following a lease renews it once.
         """
 
     @_abc_1.abstractmethod

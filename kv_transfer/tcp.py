@@ -1,0 +1,338 @@
+"""Hand-off between hosts: scatter/gather between the two pools over a TCP connection of its own.
+
+A connection starts with a one-use token from the control channel. Then the consumer asks for runs
+of final blocks of a lease by position, one at a time, and the bytes come behind a fixed header.
+Block numbers and addresses never travel: the producer looks its own up. Sockets are non-blocking;
+threads move the bytes and poll with deadlines, so a frozen peer costs bounded time.
+
+Not encrypted: for private networks. The producer binds exactly the host that it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Protocol
+
+from baton.errors import KvTransferError
+from kv_transfer.contract import BlockStore
+from kv_transfer.lease import LEASE_ID_BYTES
+from kv_transfer.store import block_array
+from kv_transfer.transport import (
+    TOKEN_BYTES,
+    DataEndpoint,
+    PeerLost,
+    Run,
+    Tokens,
+    quiet,
+    receive_exactly,
+)
+
+_HELLO = struct.Struct(f"!4s{TOKEN_BYTES}s")  # magic, token
+_REQUEST = struct.Struct(f"!4sII{LEASE_ID_BYTES}s")  # magic, first, count, lease
+_REPLY = struct.Struct(f"!4sIIIQ{LEASE_ID_BYTES}s")  # magic, status, first, count, bytes, lease
+_MAGIC = b"BKT1"
+_OK, _GONE = 0, 1
+
+MAX_RUN_BYTES = 64 * 2**20
+"""A request for more than this (and more than one block) is refused."""
+_VIEWS_PER_CALL = 64  # buffers in one sendmsg or recvmsg_into; the kernel takes 1024
+_HANDSHAKE_SECONDS = 5.0
+_MAX_CONNECTIONS = 64
+
+
+class BlockSource(Protocol):
+    """The leases, as the server sees them. Called on the event loop."""
+
+    def begin_read(self, lease_id: bytes, first: int, count: int) -> Sequence[int]:
+        """The block numbers of final positions, counted as being read. Raises KvTransferError."""
+        ...
+
+    def end_read(self, lease_id: bytes) -> None:
+        """They are read no more."""
+        ...
+
+
+class TcpServer:
+    """Sends leased blocks to consumers that hold a token.
+
+    `stall` is the longest time in seconds that a send may make no progress.
+    """
+
+    def __init__(
+        self, source: BlockSource, store: BlockStore, address: str, *, stall: float
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._stall = stall
+        self._tokens = Tokens()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sending: dict[bytes, set[socket.socket]] = {}
+        self._threads = ThreadPoolExecutor(_MAX_CONNECTIONS, "kv-send")
+        host, _, port = address.rpartition(":")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.setblocking(False)
+        self._listener.bind((host.strip("[]"), int(port)))
+        self.address = f"{host}:{self._listener.getsockname()[1]}"
+
+    def start(self) -> None:
+        """Listen."""
+        self._listener.listen(128)
+        self._spawn(self._accept())
+
+    def issue_token(self) -> bytes:
+        """A token for one connection."""
+        return self._tokens.issue(time.monotonic())
+
+    def stop_sending(self, lease_id: bytes) -> None:
+        """Break off sends of a lease that was taken back, so that its blocks become free."""
+        for peer in self._sending.get(lease_id, ()):
+            shut(peer)
+
+    async def close(self) -> None:
+        """Stop listening and end every connection."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._listener.close()
+        self._threads.shutdown()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            peer, _ = await loop.sock_accept(self._listener)
+            if len(self._tasks) > _MAX_CONNECTIONS:
+                peer.close()
+                continue
+            self._spawn(self._serve(peer))
+
+    async def _serve(self, peer: socket.socket) -> None:
+        """One connection: hello, then requests until it ends or talks nonsense."""
+        with peer, contextlib.suppress(OSError, TimeoutError):
+            prepare(peer, self._stall)
+            magic, token = _HELLO.unpack(await _receive(peer, _HELLO.size, _HANDSHAKE_SECONDS))
+            if magic != _MAGIC or not self._tokens.redeem(token, time.monotonic()):
+                return
+            while True:
+                request = await _receive(peer, 1, None)
+                request += await _receive(peer, _REQUEST.size - 1, _HANDSHAKE_SECONDS)
+                magic, first, count, lease_id = _REQUEST.unpack(request)
+                if magic != _MAGIC or not 0 < count <= self._most_blocks():
+                    return
+                await self._answer(peer, lease_id, first, count)
+
+    def _most_blocks(self) -> int:
+        return max(1, MAX_RUN_BYTES // self._store.block_bytes)
+
+    async def _answer(self, peer: socket.socket, lease_id: bytes, first: int, count: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            blocks = self._source.begin_read(lease_id, first, count)
+        except KvTransferError:
+            await loop.sock_sendall(peer, _REPLY.pack(_MAGIC, _GONE, first, 0, 0, lease_id))
+            return
+        sending = self._sending.setdefault(lease_id, set())
+        sending.add(peer)
+        try:
+            size = count * self._store.block_bytes
+            header = _REPLY.pack(_MAGIC, _OK, first, count, size, lease_id)
+            views = [memoryview(header), *(block_array(self._store, i).data for i in blocks)]
+            work = loop.run_in_executor(self._threads, send_all, peer, views, self._stall)
+            await quiet(work, lambda: shut(peer))
+        finally:
+            sending.discard(peer)
+            if not sending:
+                self._sending.pop(lease_id, None)
+            self._source.end_read(lease_id)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class TcpReader:
+    """Receives blocks over a few connections to one producer, each used for one run at a time.
+
+    `endpoint` asks the control channel for the address and a fresh token.
+    """
+
+    transport = "tcp"
+
+    def __init__(
+        self,
+        endpoint: Callable[[], Awaitable[DataEndpoint]],
+        *,
+        block_bytes: int,
+        stall: float,
+        threads: Executor,
+        connections: int = 4,
+    ) -> None:
+        self._endpoint = endpoint
+        self._block_bytes = block_bytes
+        self._stall = stall
+        self._threads = threads
+        self._places = asyncio.Semaphore(connections)
+        self._idle: list[socket.socket] = []
+        self._busy: set[socket.socket] = set()
+        self._closed = False
+
+    async def read(self, run: Run) -> None:
+        """Fill and land every target. Raises PeerLost when the connection breaks or stalls."""
+        async with self._places:
+            if self._closed:
+                raise PeerLost("data channel is closed")
+            sock = self._idle.pop() if self._idle else await self._connect()
+            self._busy.add(sock)
+            try:
+                await self._transfer(sock, run)
+            except BaseException:
+                sock.close()  # whatever is still under way must not meet the next run
+                raise
+            finally:
+                self._busy.discard(sock)
+            self._idle.append(sock)
+
+    async def close(self) -> None:
+        """Close every connection; reads in progress fail."""
+        self._closed = True
+        for sock in self._busy:
+            shut(sock)
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _connect(self) -> socket.socket:
+        endpoint = await self._endpoint()
+        loop = asyncio.get_running_loop()
+        host, _, port = endpoint.address.rpartition(":")
+        sock: socket.socket | None = None
+        try:
+            async with asyncio.timeout(self._stall):
+                found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+                family, kind, protocol, _, address = found[0]
+                sock = socket.socket(family, kind, protocol)
+                prepare(sock, self._stall)
+                await loop.sock_connect(sock, address)
+                await loop.sock_sendall(sock, _HELLO.pack(_MAGIC, endpoint.token))
+        except (OSError, ValueError) as error:
+            if sock is not None:
+                sock.close()
+            raise PeerLost(f"data channel: {error or type(error).__name__}") from error
+        except BaseException:
+            if sock is not None:
+                sock.close()
+            raise
+        return sock
+
+    async def _transfer(self, sock: socket.socket, run: Run) -> None:
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._threads, self._receive_run, sock, run)
+
+        def stop() -> None:
+            run.stop()
+            shut(sock)
+
+        try:
+            await quiet(work, stop)
+        except OSError as error:
+            raise PeerLost(f"data channel: {error or type(error).__name__}") from error
+
+    def _receive_run(self, sock: socket.socket, run: Run) -> None:
+        """In a thread: ask for the run and scatter it into its targets."""
+        count, size = len(run.targets), self._block_bytes
+        request = _REQUEST.pack(_MAGIC, run.first, count, run.lease_id)
+        send_all(sock, [memoryview(request)], self._stall)
+        header = bytearray(_REPLY.size)
+        receive_all(sock, [memoryview(header)], self._stall)
+        magic, status, first, sent, length, lease_id = _REPLY.unpack(header)
+        if magic != _MAGIC or (first, lease_id) != (run.first, run.lease_id):
+            raise PeerLost("data channel: a reply to something else")
+        if status != _OK:
+            raise KvTransferError("lease is gone")
+        if (sent, length) != (count, count * size):
+            raise PeerLost("data channel: a reply of the wrong length")
+        views = [target.data for target in run.targets]
+        receive_all(sock, views, self._stall, run.land)
+
+
+def prepare(sock: socket.socket, stall: float) -> None:
+    """Non-blocking, no delay, and unacknowledged or silent peers are given up by the kernel."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall * 1000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(stall)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(stall / 3)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
+def shut(sock: socket.socket) -> None:
+    """Break a connection under the thread that uses it: its calls return at once."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def send_all(sock: socket.socket, views: Sequence[memoryview], stall: float) -> None:
+    """Gather and send. Raises OSError, TimeoutError after `stall` seconds without progress."""
+    done, at = 0, 0  # views sent whole; bytes sent of the next one
+    while done < len(views):
+        batch = [views[done][at:], *views[done + 1 : done + _VIEWS_PER_CALL]]
+        try:
+            moved = sock.sendmsg(batch)
+        except BlockingIOError:
+            _wait(sock, select.POLLOUT, stall)
+            continue
+        done, at = _advance(views, done, at, moved)
+
+
+def receive_all(
+    sock: socket.socket,
+    views: Sequence[memoryview],
+    stall: float,
+    landed: Callable[[int], None] = lambda index: None,
+) -> None:
+    """Receive and scatter, naming each view to `landed` when it is whole. Raises OSError,
+    TimeoutError after `stall` seconds without progress."""
+    done, at = 0, 0
+    while done < len(views):
+        batch = [views[done][at:], *views[done + 1 : done + _VIEWS_PER_CALL]]
+        try:
+            moved, _, _, _ = sock.recvmsg_into(batch)
+        except BlockingIOError:
+            _wait(sock, select.POLLIN, stall)
+            continue
+        if not moved:
+            raise ConnectionError("connection ended")
+        before = done
+        done, at = _advance(views, done, at, moved)
+        for index in range(before, done):
+            landed(index)
+
+
+def _advance(views: Sequence[memoryview], done: int, at: int, moved: int) -> tuple[int, int]:
+    """The place in `views` after `moved` more bytes."""
+    at += moved
+    while done < len(views) and at >= views[done].nbytes:
+        at -= views[done].nbytes
+        done += 1
+    return done, at
+
+
+def _wait(sock: socket.socket, event: int, stall: float) -> None:
+    poll = select.poll()
+    poll.register(sock, event)
+    if not poll.poll(stall * 1000):
+        raise TimeoutError(f"no progress in {stall:g} s")
+
+
+async def _receive(sock: socket.socket, size: int, seconds: float | None) -> bytes:
+    async with asyncio.timeout(seconds):
+        return await receive_exactly(sock, size)
