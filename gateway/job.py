@@ -1,0 +1,31 @@
+"""A valid request: what the engine must do, and what only the gateway does with the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.types import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """Which optional parts the client wants, and how often."""
+
+    text: bool = True
+    token_ids: bool = False
+    timing: bool = False
+    skip_special_tokens: bool = True
+    stream_interval: int = 1  # tokens per delta after the first
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A tokenized request with every default resolved. Durations are in seconds."""
+
+    request: Request
+    tenant: str
+    queue_timeout: float
+    time_limit: float | None = None  # soft: the partial output is kept
+    stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False
+    response: ResponseFormat = ResponseFormat()
