@@ -1,0 +1,123 @@
+"""An executor without a model: KV that is real, time that is a cost model's.
+
+The "KV" of a token is its id, four bytes, written to its place in the sequence's blocks; the next
+token is a function of what those blocks hold. So a wrong block table, a block that is reused too
+early or a hand-off that loses bytes gives wrong tokens here as it would in a model. For tests of
+schedulers, workers and the hand-off, and for the simulator.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baton.types import Logprob, Request
+from scheduling.cost import LinearCost
+from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+
+TokenOf = Callable[[Request, int, bytes], int]
+"""(request, sequence index, KV of all tokens so far as int32) to the next token id."""
+
+
+def checksum_token(vocabulary: int) -> TokenOf:
+    """The usual TokenOf: depends on every token before it, on the seed and on the index."""
+
+    def token_of(request: Request, index: int, kv: bytes) -> int:
+        return zlib.crc32(kv, (request.sampling.seed + index) & 0xFFFFFFFF) % vocabulary
+
+    return token_of
+
+
+def expected_tokens(request: Request, index: int, token_of: TokenOf) -> list[int]:
+    """What a correct run generates, stop tokens aside, for sequence `index` from the beginning."""
+    tokens = list(request.prompt_ids)
+    for _ in range(request.stopping.max_tokens):
+        tokens.append(token_of(request, index, np.array(tokens, np.int32).tobytes()))
+    return tokens[len(request.prompt_ids) :]
+
+
+class BlockBytes:
+    """The pool as a KV transfer sees it (kv_transfer.contract.BlockStore)."""
+
+    def __init__(self, pool: NDArray[np.int32]) -> None:
+        self._pool = pool  # [blocks, block_size]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._pool)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return int(self._pool[0].nbytes)
+
+    def block(self, index: int) -> memoryview:
+        """Writable bytes of one block."""
+        return memoryview(self._pool[index]).cast("B")
+
+
+class CostModelExecutor:
+    """Runs plans in no time at all, or by `sleep`-ing (`time.sleep`) as long as the cost model
+    says. `StepResult.seconds` is the model's either way."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        cost: LinearCost | None = None,
+        token_of: TokenOf | None = None,
+        *,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        self._capacity = capacity
+        self._cost = cost or LinearCost()
+        self._token_of = token_of or checksum_token(1000)
+        self._sleep = sleep
+        self._pool = np.full((capacity.blocks, capacity.block_size), -1, np.int32)
+        self.store = BlockBytes(self._pool)
+
+    @property
+    def capacity(self) -> Capacity:
+        """What it pretends to run on."""
+        return self._capacity
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Write each chunk's KV, then sample from what the blocks hold."""
+        seconds = self._cost.of(plan)
+        for chunk in plan.chunks:
+            self._write(chunk)
+        sampled = tuple(self._sample(chunk) if chunk.sample else None for chunk in plan.chunks)
+        logprobs = tuple(self._prompt_logprobs(chunk) for chunk in plan.chunks)
+        if self._sleep is not None:
+            self._sleep(seconds)
+        return StepResult(sampled, logprobs, seconds)
+
+    def _write(self, chunk: Chunk) -> None:
+        sequence, size = chunk.sequence, self._capacity.block_size
+        positions = np.arange(chunk.start, chunk.start + chunk.length)
+        blocks = np.array(sequence.blocks)[positions // size]
+        self._pool[blocks, positions % size] = sequence.tokens[positions[0] : positions[-1] + 1]
+
+    def _sample(self, chunk: Chunk) -> Sampled:
+        sequence = chunk.sequence
+        end = chunk.start + chunk.length
+        blocks = sequence.blocks[: self._capacity.blocks_for(end)]
+        kv = self._pool[blocks].reshape(-1)[:end]
+        token = self._token_of(sequence.request, sequence.index, kv.tobytes())
+        return Sampled(token, _logprobs([token], sequence.request.logprobs)[0])
+
+    def _prompt_logprobs(self, chunk: Chunk) -> tuple[Logprob, ...]:
+        request = chunk.sequence.request
+        following = request.prompt_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        return tuple(p for p in _logprobs(following, request.prompt_logprobs) if p is not None)
+
+
+def _logprobs(tokens: Sequence[int], alternatives: int | None) -> list[Logprob | None]:
+    """As if each token were certain; its alternatives are the tokens after it."""
+    if alternatives is None:
+        return [None] * len(tokens)
+    tops = ([(token + i, -float(i)) for i in range(alternatives)] for token in tokens)
+    return [Logprob(token, 0.0, 1, tuple(top)) for token, top in zip(tokens, tops, strict=True)]

@@ -1,0 +1,96 @@
+"""Which sequence comes first. Policies are chosen by name, so that one can be swapped for another
+on the same engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from baton.errors import ConfigError
+from scheduling.cost import LinearCost
+from scheduling.mlfq import Mlfq
+from scheduling.sequence import Sequence
+
+Rank = tuple[int, float, float, str, int]
+"""Lowest first: (-priority class, the policy's own measure, arrival, request id, index). Total."""
+
+
+class Policy(Protocol):
+    """An order over sequences. It alone sets `level`, `served` and `waiting_since`."""
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """It has arrived, with `tokens` to compute here before its next one is sampled."""
+        ...
+
+    def rank(self, sequence: Sequence) -> Rank:
+        """Its place. May change only through the other methods."""
+        ...
+
+    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+        """A pass of `seconds` that ended `now` had the sequence in it."""
+        ...
+
+    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Called before each plan with everything that can run."""
+        ...
+
+
+class Fcfs:
+    """First come, first served, within a priority class."""
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """Nothing to set: the arrival is in the sequence."""
+
+    def rank(self, sequence: Sequence) -> Rank:
+        """By arrival."""
+        request = sequence.request
+        return (-request.priority, 0.0, sequence.arrived_at, request.id, sequence.index)
+
+    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+        """Service changes nothing."""
+
+    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Nobody can be overtaken, so nobody starves."""
+
+
+class SkipJoinMlfq:
+    """Level by level, first come first served within one."""
+
+    def __init__(self, mlfq: Mlfq, cost: LinearCost) -> None:
+        self._mlfq = mlfq
+        self._cost = cost
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """Join the first level whose quantum covers `tokens`, or the one that the sequence had
+        sunk to elsewhere."""
+        first = self._mlfq.first_level(self._cost.seconds(tokens))
+        sequence.level = min(max(sequence.level, first), self._mlfq.levels - 1)
+        sequence.waiting_since = now
+
+    def rank(self, sequence: Sequence) -> Rank:
+        """By level, then by arrival."""
+        request = sequence.request
+        return (
+            -request.priority,
+            sequence.level,
+            sequence.arrived_at,
+            request.id,
+            sequence.index,
+        )
+
+    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+        """Count service against the quantum."""
+        self._mlfq.charge(sequence, seconds, now)
+
+    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Lift the starved."""
+        self._mlfq.promote(sequences, now)
+
+
+def make_policy(name: str, *, mlfq: Mlfq | None = None, cost: LinearCost | None = None) -> Policy:
+    """The policy called `name`: "fcfs" or "skip-join-mlfq". Raises ConfigError for others."""
+    if name == "fcfs":
+        return Fcfs()
+    if name == "skip-join-mlfq":
+        return SkipJoinMlfq(mlfq or Mlfq(), cost or LinearCost())
+    raise ConfigError(f"--policy {name}: unknown; there are fcfs and skip-join-mlfq")

@@ -1,0 +1,233 @@
+"""The prefill worker's scheduler: chunks of many prompts in each pass, and nothing else.
+
+A request gets the blocks for all its tokens before its first chunk, so it is never preempted for
+memory and always ends. It is here as sequence 0 only; siblings (n > 1) are the decode worker's.
+
+Blocks are the scheduler's until `PrefillStarted` is reported, the receiver's from then on (see
+there). Between `plan` and `apply` all other methods may be called, as in scheduling/decode.py.
+
+Knows nothing of leases or transports, and reads no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from baton.errors import AlreadyExists, InvalidRequest, Overloaded
+from baton.types import Load, Output, Request
+from scheduling.admission import require_fit
+from scheduling.blocks import BlockAllocator
+from scheduling.budget import splitfuse
+from scheduling.events import (
+    PrefillAdvanced,
+    Prefilled,
+    PrefillEvent,
+    PrefillStarted,
+    RequestFailed,
+)
+from scheduling.order import Policy
+from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
+from scheduling.prompt import PromptRecord
+from scheduling.sequence import Phase, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One request. `handed_over`: its blocks have become the receiver's."""
+
+    sequence: Sequence
+    prompt: PromptRecord
+    handed_over: bool = False
+
+
+class PrefillScheduler:
+    """Owns the sequences of a prefill worker, and all blocks but those it has handed over."""
+
+    def __init__(self, capacity: Capacity, policy: Policy, *, max_waiting: int) -> None:
+        self._capacity = capacity
+        self._policy = policy
+        self._max_waiting = max_waiting
+        self._blocks = BlockAllocator(capacity.blocks)
+        self._handed_over: set[int] = set()  # blocks
+        self._jobs: dict[str, _Job] = {}  # live ones, by request id
+        self._plan: StepPlan | None = None  # the pass that runs now
+        self._in_pass: tuple[_Job, ...] = ()  # the job of each of its chunks
+        self._doomed: list[_Job] = []  # aborted during the pass that they are in
+
+    # -- Requests come and go --------------------------------------------------------------
+
+    def submit(self, request: Request, now: float) -> Sequence:
+        """Take a request.
+
+        Raises InvalidRequest if it can never fit, Overloaded if too many wait, AlreadyExists.
+        """
+        prior = request.prior(0)
+        require_fit(request, self._capacity, len(request.prompt_ids) + len(prior.token_ids))
+        if prior.finished:
+            raise InvalidRequest.of("prior_outputs", "sequence 0 has ended: nothing to prefill")
+        if request.id in self._jobs:
+            raise AlreadyExists(f"request {request.id!r} is already here")
+        if self.load().waiting >= self._max_waiting:
+            raise Overloaded("too many prompts wait on this worker", subject="prefill worker")
+        sequence = Sequence.start(request, 0, now)
+        self._policy.join(sequence, sequence.uncomputed, now)
+        self._jobs[request.id] = _Job(sequence, PromptRecord(request, now))
+        return sequence
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """Drop a request; no event will name it again. False if it is not here (any more).
+
+        Blocks that were handed over stay with their receiver.
+        """
+        job = self._jobs.pop(request_id, None)
+        if job is None:
+            return False
+        if job in self._in_pass:
+            self._doomed.append(job)
+        else:
+            self._end(job)
+        return True
+
+    def release(self, blocks: Items[int]) -> None:
+        """Take back blocks that were handed over, at any time: if a pass still writes to them,
+        they are not used again before it ends."""
+        self._handed_over.difference_update(blocks)
+        self._blocks.release(blocks)
+
+    # -- The step --------------------------------------------------------------------------
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan."""
+        if self._plan is not None:
+            raise RuntimeError("the last plan was not applied")
+        ranked = [job.sequence for job in self._jobs.values()]
+        self._policy.promote(ranked, now)
+        ranked.sort(key=self._policy.rank)
+        chunks = splitfuse((), self._choose(ranked), self._capacity.max_tokens)
+        if not chunks:
+            return None
+        self._in_pass = tuple(self._jobs[chunk.sequence.request.id] for chunk in chunks)
+        for job in self._in_pass:
+            job.prompt.begin(now)
+        self._plan = StepPlan(chunks)
+        self._blocks.begin_pass()
+        return self._plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[PrefillEvent]:
+        """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
+        events: list[PrefillEvent] = []
+        for job, chunk, sampled, logprobs in zip(
+            self._end_pass(plan),
+            plan.chunks,
+            result.sampled,
+            result.prompt_logprobs,
+            strict=True,
+        ):
+            sequence = job.sequence
+            if sequence.phase is not Phase.RUNNING:
+                continue
+            if not job.handed_over:
+                job.handed_over = True
+                self._handed_over.update(sequence.blocks)
+                events.append(PrefillStarted(sequence))
+            sequence.computed += chunk.length
+            self._policy.charge(sequence, result.seconds, now)
+            job.prompt.add(chunk, logprobs)
+            events.append(PrefillAdvanced(sequence, sequence.computed))
+            if sampled is not None:
+                events.append(self._complete(job, sampled, now))
+        return events
+
+    def fail(self, plan: StepPlan, now: float) -> list[PrefillEvent]:
+        """The pass broke: every request in it ends."""
+        jobs = self._end_pass(plan)
+        failed = [j.sequence.request.id for j in jobs if j.sequence.phase is Phase.RUNNING]
+        for request_id in failed:
+            self.abort(request_id, now)
+        return [RequestFailed(request_id) for request_id in failed]
+
+    # -- Facts -----------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """How busy this worker is. Blocks that were handed over are not free."""
+        waiting = sum(job.sequence.phase is Phase.WAITING for job in self._jobs.values())
+        return Load(
+            running=len(self._jobs) - waiting,
+            waiting=waiting,
+            free_blocks=self._blocks.free,
+            total_blocks=self._blocks.total,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
+        jobs = [*self._jobs.values(), *self._doomed]
+        own = [job.sequence.blocks for job in jobs if not job.handed_over]
+        self._blocks.check_integrity([*own, list(self._handed_over)])
+        for job in self._jobs.values():
+            sequence = job.sequence
+            blocks = {
+                Phase.WAITING: 0,
+                Phase.RUNNING: self._capacity.blocks_for(len(sequence.tokens)),
+            }
+            if len(sequence.blocks) != blocks.get(sequence.phase):
+                raise RuntimeError(f"sequence {sequence.id} holds {len(sequence.blocks)} blocks")
+
+    # -- Choosing and keeping the books ----------------------------------------------------
+
+    def _choose(self, ranked: Items[Sequence]) -> list[Sequence]:
+        """As many of the best as the pass has tokens for; nobody overtakes one for whose blocks
+        there is no room."""
+        chosen: list[Sequence] = []
+        left, head_blocked = self._capacity.max_tokens, False
+        for sequence in ranked:
+            if left <= 0 or len(chosen) == self._capacity.max_sequences:
+                break
+            if sequence.phase is Phase.WAITING:
+                head_blocked = head_blocked or not self._admit(sequence)
+                if head_blocked:
+                    continue
+            left -= sequence.uncomputed
+            chosen.append(sequence)
+        return chosen
+
+    def _admit(self, sequence: Sequence) -> bool:
+        needed = self._capacity.blocks_for(len(sequence.tokens))
+        if needed > self._blocks.free:
+            return False
+        sequence.blocks = self._blocks.allocate(needed)
+        sequence.move(Phase.RUNNING)
+        return True
+
+    def _complete(self, job: _Job, sampled: Sampled, now: float) -> Prefilled:
+        sequence = job.sequence
+        del self._jobs[sequence.request.id]
+        sequence.finish = sequence.append(sampled.token_id)
+        sequence.move(Phase.FINISHED)
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        output = Output(sequence.request.id, 0, (sampled.token_id,), logprobs, sequence.finish)
+        return Prefilled(
+            sequence,
+            output,
+            prompt_logprobs=tuple(job.prompt.logprobs),
+            queued=job.prompt.queued,
+            computed=job.prompt.computed(now),
+        )
+
+    def _end(self, job: _Job) -> None:
+        """Drop a job that no pass is using."""
+        if not job.handed_over:
+            self._blocks.release(job.sequence.blocks)
+        job.sequence.move(Phase.FINISHED)
+
+    def _end_pass(self, plan: StepPlan) -> tuple[_Job, ...]:
+        """Close the pass and return its jobs, in the order of the plan's chunks."""
+        if plan is not self._plan:
+            raise RuntimeError("this plan does not run")
+        jobs, self._in_pass = self._in_pass, ()
+        self._plan = None
+        self._blocks.end_pass()
+        for job in self._doomed:
+            self._end(job)
+        self._doomed.clear()
+        return jobs
