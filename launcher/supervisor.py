@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from baton import tether
 from baton.errors import BatonError
 
-TETHER = Path(__file__).with_name("tether.py")
+TETHER = Path(tether.__file__)
 
 LogSink = Callable[[str, str], None]
 """Takes the name of a process and one line of its log."""
