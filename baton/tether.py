@@ -1,10 +1,11 @@
 """Run a command that the kernel ends when its parent ends, even by SIGKILL.
 
-    python tether.py PARENT_PID COMMAND [ARGUMENT ...]
+    python -IS tether.py PARENT_PID COMMAND [ARGUMENT ...]
 
 The wish survives exec, so the command needs to know nothing of it. A process of its own rather
 than `preexec_fn`, which may deadlock in a parent with gRPC's threads. Standard library only: it
-runs without site-packages, to start fast. Elsewhere than on Linux it just runs the command.
+runs without site-packages, to start fast (-S), and isolated, lest `types` be our neighbour (-I).
+Elsewhere than on Linux it just runs the command.
 """
 
 from __future__ import annotations
