@@ -117,8 +117,9 @@ class ProgressReply:
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """What a sweep found: requests that went back to the queue, ended in error after too many
-    attempts, or passed their deadline (the owner must finish those), and workers that expired."""
+    """What sweeps found: this gateway's requests that went back to the queue, ended in error
+    after too many attempts, or passed their deadline (the gateway must finish those: they are
+    named until it does); and all workers that expired in this sweep."""
 
     requeued: tuple[str, ...]
     failed: tuple[str, ...]
@@ -197,7 +198,8 @@ class GatewayQueue(Protocol):
         ...
 
     async def reap(self) -> Reaped:
-        """Expire workers, leases, gateways and deadlines. Any gateway may call it, at any time."""
+        """Expire workers, leases, gateways and deadlines. Any gateway may call it, at any time;
+        each learns of its own requests, whoever swept them."""
         ...
 
     async def reconcile(self, live: Sequence[Live]) -> int:

@@ -1,0 +1,127 @@
+-- Shared by all scripts, after the key names from keys.py.
+--
+-- Conventions. ARGV[1] is the time in microseconds, or '' for the server's clock. Times and fences
+-- have 16 digits: as numbers they are exact, but .. and tostring() round to 14, so whole(x) spells
+-- them. Scripts check their arguments before the first write, because Redis rolls nothing back.
+-- Scripts that must work on a full server begin with drain_first().
+
+local FIELDS = {
+  'state', 'gateway', 'tenant', 'priority', 'prompt', 'cached', 'deadline', 'queued_at', 'level',
+  'spent', 'generated', 'faults', 'fence', 'worker', 'epoch', 'tokens', 'served', 'handed',
+}
+
+local function whole(x) return string.format('%.0f', x) end
+
+local function clock()
+  if ARGV[1] ~= '' then return tonumber(ARGV[1]) end
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+
+-- At maxmemory a script may write once its first write was a command that frees memory.
+local function drain_first() redis.call('UNLINK', PREFIX .. 'nothing') end
+
+local function setting(name, default)
+  return tonumber(redis.call('HGET', CONFIG, name) or default)
+end
+
+-- Claim fences and worker epochs. After a loss of data they go on above all earlier ones.
+local function next_fence(t)
+  local fence = redis.call('INCR', FENCE)
+  if fence == 1 then
+    redis.call('SET', FENCE, whole(t))
+    fence = t
+  end
+  return whole(fence)
+end
+
+-- States: Q waiting, P with a prefill worker, D with a decode worker; ended: F, E, C, T.
+local function is_live(r) return r.state == 'Q' or r.state == 'P' or r.state == 'D' end
+
+local function load_request(id)
+  local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
+  if not values[1] then return nil end
+  local r = { id = id }
+  for i, name in ipairs(FIELDS) do r[name] = values[i] end
+  r.level = tonumber(r.level)
+  return r
+end
+
+local function is_claimed_under(r, fence) return r.fence == fence and (r.state == 'P' or r.state == 'D') end
+
+-- Priority first, then level, then arrival. Each pair of priority and level is a band with a queue
+-- of its own and `bands` sorts them: one composite score cannot hold all three in 53 bits.
+local function enqueue(r)
+  local band = whole(r.level - BAND_WIDTH * r.priority)
+  redis.call('ZADD', queue_key(band), r.queued_at, r.id)
+  redis.call('ZADD', BANDS, band, band)
+  redis.call('HINCRBY', COUNTS, 'n' .. r.level, 1)
+  redis.call('HINCRBY', COUNTS, 't' .. r.level, r.prompt)
+end
+
+local function dequeue(r)
+  local band = whole(r.level - BAND_WIDTH * r.priority)
+  redis.call('ZREM', queue_key(band), r.id)
+  if redis.call('EXISTS', queue_key(band)) == 0 then redis.call('ZREM', BANDS, band) end
+  redis.call('HINCRBY', COUNTS, 'n' .. r.level, -1)
+  redis.call('HINCRBY', COUNTS, 't' .. r.level, -r.prompt)
+end
+
+-- Prompt tokens count against a worker from the claim until its first new token is reported.
+local function release_tokens(r)
+  if r.tokens ~= '0' and redis.call('HGET', worker_key(r.worker), 'epoch') == r.epoch then
+    redis.call('HINCRBY', worker_key(r.worker), 'tokens', -r.tokens)
+  end
+end
+
+local function detach(r)
+  release_tokens(r)
+  redis.call('SREM', held_key(r.worker), r.id)
+  redis.call('ZREM', LEASES, r.id)
+end
+
+local function attach(r, state, worker, epoch, fence, tokens, expiry)
+  redis.call('HSET', request_key(r.id), 'state', state, 'worker', worker, 'epoch', epoch,
+    'fence', fence, 'tokens', tokens, 'served', 0)
+  redis.call('SADD', held_key(worker), r.id)
+  redis.call('ZADD', LEASES, expiry, r.id)
+end
+
+local function end_request(r, outcome, generated)
+  if r.state == 'Q' then dequeue(r) else detach(r) end
+  redis.call('ZREM', live_key(r.gateway), r.id)
+  if redis.call('HINCRBY', TENANTS, r.tenant, -1) <= 0 then redis.call('HDEL', TENANTS, r.tenant) end
+  redis.call('HSET', request_key(r.id), 'state', outcome, 'generated', math.max(generated, r.generated))
+  redis.call('EXPIRE', request_key(r.id), math.ceil(setting('keep_ended', 30)))
+end
+
+-- Take a claimed request away from its worker, back to its level and its old place. A fault
+-- counts an attempt; after the last one the request ends in error. Returns the new state and fence.
+local function requeue(r, t, fault)
+  local faults = r.faults + (fault and 1 or 0)
+  local fence = next_fence(t)
+  redis.call('HSET', request_key(r.id), 'faults', faults, 'fence', fence)
+  if fault and faults >= setting('max_attempts', 4) then
+    end_request(r, 'E', 0)
+    return 'E', fence
+  end
+  detach(r)
+  redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0)
+  enqueue(r)
+  return 'Q', fence
+end
+
+-- Requeue and leave word for the owner, which is not the caller. The fence orders the news.
+local function requeue_and_tell(r, t, fault)
+  local state, fence = requeue(r, t, fault)
+  redis.call('ZADD', news_key(r.gateway), fence, state .. r.id)
+end
+
+-- Requeue all that a worker holds.
+local function requeue_held(worker, t, fault)
+  for _, id in ipairs(redis.call('SMEMBERS', held_key(worker))) do
+    local r = load_request(id)
+    if r and is_live(r) and r.worker == worker then requeue_and_tell(r, t, fault) end
+  end
+  redis.call('DEL', held_key(worker))
+end
