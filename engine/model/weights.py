@@ -107,7 +107,7 @@ def _files(path: Path) -> list[Path]:
     if not index.is_file():
         return sorted(path.glob("*.safetensors"))
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: damaged: {error!r}") from error
     files = [path / name for name in sorted(names)]

@@ -1,0 +1,144 @@
+"""The KV pool as bytes and as tensors, and how plans become batches."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from baton.types import Request, Sampling, Stopping
+from engine.model.batch import begun_blocks, build_batch
+from engine.model.load import load_executor
+from engine.model.pool import KvGeometry, KvPool
+from kv_transfer.contract import BlockStore, KvLayout
+from scheduling.plan import Chunk, StepPlan
+from scheduling.sequence import Sequence
+
+GEOMETRY = KvGeometry(
+    "f", layers=3, kv_heads=2, head_dim=8, dtype="bfloat16", block_size=4, item_size=2
+)
+
+
+def a_sequence(tokens: int, blocks: list[int], **request: Any) -> Sequence:
+    """A sequence of `tokens` prompt tokens, numbered from 100."""
+    made = Request("r", tuple(range(100, 100 + tokens)), Sampling(), Stopping(8), **request)
+    sequence = Sequence.start(made, 0, now=0.0)
+    sequence.blocks = blocks
+    return sequence
+
+
+def test_a_block_is_one_piece_of_bytes_over_all_layers() -> None:
+    pool = KvPool(GEOMETRY, 5)
+    for layer in range(3):
+        pool.keys(layer)[2] = layer + 1
+        pool.values(layer)[2] = -(layer + 1)
+    block = torch.frombuffer(pool.block(2), dtype=torch.bfloat16).view(GEOMETRY.block_shape)
+    assert len(pool.block(2)) == pool.block_bytes == GEOMETRY.block_bytes
+    for layer in range(3):
+        assert (block[layer, 0] == layer + 1).all()
+        assert (block[layer, 1] == -(layer + 1)).all()
+    assert not any(bytes(pool.block(i)).strip(b"\0") for i in (0, 1, 3, 4))
+
+
+def test_bytes_written_into_a_block_are_its_keys_and_values() -> None:
+    source, target = KvPool(GEOMETRY, 2), KvPool(GEOMETRY, 4)
+    source.storage.copy_(torch.randn(source.storage.shape))
+    target.block(3)[:] = source.block(1)
+    for layer in range(3):
+        assert torch.equal(target.keys(layer)[3], source.keys(layer)[1])
+        assert torch.equal(target.values(layer)[3], source.values(layer)[1])
+
+
+def test_the_pool_can_live_in_memory_of_the_caller() -> None:
+    memory = mmap.mmap(-1, 6 * GEOMETRY.block_bytes)
+    pool = KvPool(GEOMETRY, 5, buffer=memoryview(memory))
+    pool.values(2)[4, 3, 1, 7] = 1.0
+    assert memory[5 * GEOMETRY.block_bytes - 2 : 5 * GEOMETRY.block_bytes] == b"\x80\x3f"
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_a_block_outside_the_pool_is_an_error(index: int) -> None:
+    with pytest.raises(IndexError):
+        KvPool(GEOMETRY, 5).block(index)
+
+
+def test_the_pool_is_what_the_hand_off_expects() -> None:
+    pool = KvPool(GEOMETRY, 5)
+    store: BlockStore = pool
+    layout = KvLayout(**asdict(GEOMETRY))
+    assert store.block_bytes == layout.block_bytes
+    assert store.blocks == 5
+
+
+def test_chunks_are_laid_end_to_end_with_their_slots_and_tables() -> None:
+    one, two = a_sequence(10, [7, 3, 5]), a_sequence(3, [2, 9])
+    plan = StepPlan((Chunk(one, 6, 4, sample=True), Chunk(two, 0, 2, sample=False)))
+    batch, logits = build_batch(plan, block_size=4)
+    assert batch.token_ids.tolist() == [106, 107, 108, 109, 100, 101]
+    assert batch.positions.tolist() == [6, 7, 8, 9, 0, 1]
+    assert batch.slots.tolist() == [3 * 4 + 2, 3 * 4 + 3, 5 * 4, 5 * 4 + 1, 2 * 4, 2 * 4 + 1]
+    assert batch.block_tables.tolist() == [[7, 3, 5], [2, 2, 2]]
+    assert (batch.starts, batch.lengths, batch.prompt_lengths) == ((6, 0), (4, 2), (10, 3))
+    assert batch.logit_rows.tolist() == [3]
+    assert [row.sample for row in logits] == [0, None]
+
+
+def test_prompt_logprobs_ask_for_every_row_that_predicts_a_prompt_token() -> None:
+    asks, other = a_sequence(5, [0, 1], prompt_logprobs=0), a_sequence(2, [2])
+    first = StepPlan((Chunk(other, 1, 1, sample=True), Chunk(asks, 0, 3, sample=False)))
+    batch, logits = build_batch(first, block_size=4)
+    assert batch.logit_rows.tolist() == [0, 1, 2, 3]
+    assert (logits[1].prompt, logits[1].sample) == (range(1, 4), None)
+    batch, logits = build_batch(StepPlan((Chunk(asks, 3, 2, sample=True),)), block_size=4)
+    assert batch.logit_rows.tolist() == [0, 1]  # one predicts prompt token 4, the last samples
+    assert (logits[0].prompt, logits[0].sample) == (range(1), 1)
+    asks.tokens.append(77)
+    batch, logits = build_batch(StepPlan((Chunk(asks, 5, 1, sample=True),)), block_size=4)
+    assert (logits[0].prompt, logits[0].sample) == (range(0), 0)
+
+
+def test_only_blocks_that_stay_part_empty_count_as_begun() -> None:
+    sequence = a_sequence(12, [7, 3, 5])
+
+    def begun(start: int, length: int) -> list[int]:
+        return begun_blocks(StepPlan((Chunk(sequence, start, length, sample=False),)), 4)
+
+    assert begun(0, 4) == []
+    assert begun(0, 5) == [3]
+    assert begun(4, 1) == [3]
+    assert begun(5, 1) == []
+    assert begun(2, 9) == [5]
+
+
+def test_what_an_earlier_owner_left_in_a_block_never_shows(
+    tiny: Callable[..., Any], drive: Callable[..., Any]
+) -> None:
+    model = tiny("llama")
+    driver = drive(model.path, budget=9)
+    driver.executor.pool.storage.fill_(torch.nan)
+    sequences = [driver.add(list(range(5, 5 + n)), 20) for n in (1, 15, 40)]
+    driver.run()
+    for sequence in sequences:
+        model.assert_generates(
+            sequence.request.prompt_ids, sequence.tokens[sequence.prompt_length :]
+        )
+
+
+def test_an_executor_runs_in_a_buffer_and_leaves_it_clean_after_warm_up(
+    tiny: Callable[..., Any],
+) -> None:
+    made: list[mmap.mmap] = []
+
+    def buffer(size: int) -> memoryview:
+        made.append(mmap.mmap(-1, size))
+        return memoryview(made[-1])
+
+    executor = load_executor(tiny("llama").path, kv_blocks=3, buffer=buffer, threads=1)
+    assert len(made[0]) == 3 * executor.pool.block_bytes
+    executor.warm_up()
+    assert not made[0][:].strip(b"\0")
+    assert executor.fingerprint == executor.pool.geometry.model_fingerprint
