@@ -94,6 +94,7 @@ def batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Batch]:
     for index, encoding in enumerate(encoded):
         tokens = encoding.ids
         packer = short if len(tokens) <= SHORT_ROW + 1 else long[index % len(long)]
+        packer = packer if len(tokens) <= packer.length + 1 else long[-1]
         packer.add(tokens, counted_tokens(tokens, assistant, end))
         for rows in packer.take(rest=False):
             yield collate(rows, packer.length, separate=packer is short)

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from demo_model.known import BUILTIN_TYPES, MODULES, OTHER, SUBMODULE_ALIASES, share
+from demo_model.known import BUILTIN_TYPES, MODULES, SUBMODULE_ALIASES, share
 
 Kind = Literal["module", "function", "class", "exception", "method", "property", "keyword", "topic"]
 
 SUMMARY_LIMIT = 400
 FULL_LIMIT = 1200
+EVERYTHING_LIMIT = 3000
 
 _SIGNATURE = re.compile(r"^[\w.\[\], ]*\w\(.*\)\s*(?:(?:--?>|=>|->)\s*[^.]{0,60})?$", re.DOTALL)
 _SIGNATURE_LEAD = re.compile(
@@ -42,7 +43,8 @@ class Entry:
 
     `summary` is its first paragraph on one line, at most SUMMARY_LIMIT characters and never empty.
     `full` is the opening of the whole documentation, at most FULL_LIMIT characters, its paragraphs
-    separated by blank lines. `signature` and `members` are empty where there is none.
+    separated by blank lines; `everything` is the same up to EVERYTHING_LIMIT.
+    `signature` and `members` are empty where there is none.
     `copies` is how often an epoch shows it: more for names that people know.
     """
 
@@ -50,6 +52,7 @@ class Entry:
     kind: Kind
     summary: str
     full: str
+    everything: str
     signature: str
     members: tuple[str, ...]
     copies: int
@@ -84,8 +87,7 @@ def _library_entries() -> Iterator[Entry]:
         for name in names:
             thing = getattr(module, name)
             alias = getattr(thing, "__name__", name) != name
-            methods = module_name not in OTHER and not alias
-            yield from _named(f"{module_name}.{name}", thing, with_methods=methods)
+            yield from _named(f"{module_name}.{name}", thing, with_methods=not alias)
 
 
 def _public_names(module: types.ModuleType) -> list[str]:
@@ -137,7 +139,7 @@ def _entry(name: str, kind: Kind, thing: object, members: tuple[str, ...] = ()) 
     if len(summary) < 8 or not summary.isascii() or " " not in summary:
         return
     signature = _signature(name, thing) if kind in ("function", "class", "method") else ""
-    yield Entry(name, kind, summary, _full(paragraphs), signature, members, copies)
+    yield Entry(name, kind, summary, *_openings(paragraphs), signature, members, copies)
 
 
 def _language_entries() -> Iterator[Entry]:
@@ -173,7 +175,8 @@ def _language_entry(name: str, kind: Kind, text: str) -> Iterator[Entry]:
     if kind == "keyword":
         about = [p for p in prose if re.search(rf'[`"]{re.escape(name)}[`"]', p)]
         prose = about + [p for p in prose if p not in about] if about else prose
-    yield Entry(name, kind, _summary(prose), _full(prose), "", (), 3 if kind == "keyword" else 1)
+    copies = 3 if kind == "keyword" else 1
+    yield Entry(name, kind, _summary(prose), *_openings(prose), "", (), copies)
 
 
 def _is_prose(paragraph: str) -> bool:
@@ -221,13 +224,18 @@ def _cut(text: str, limit: int) -> str:
     return text[: ends[-1]] if ends else text[:limit].rsplit(" ", 1)[0]
 
 
-def _full(paragraphs: list[str]) -> str:
+def _openings(paragraphs: list[str]) -> tuple[str, str]:
+    """As many whole paragraphs as fit FULL_LIMIT, and as many as fit EVERYTHING_LIMIT."""
+    return _opening(paragraphs, FULL_LIMIT), _opening(paragraphs, EVERYTHING_LIMIT)
+
+
+def _opening(paragraphs: list[str], limit: int) -> str:
     kept: list[str] = []
     for paragraph in paragraphs:
-        if sum(map(len, kept)) + len(paragraph) > FULL_LIMIT:
+        if sum(map(len, kept)) + len(paragraph) > limit:
             break
         kept.append(paragraph)
-    return "\n\n".join(kept) if kept else _cut(paragraphs[0], FULL_LIMIT)
+    return "\n\n".join(kept) if kept else _cut(paragraphs[0], limit)
 
 
 def _signature(name: str, thing: object) -> str:

@@ -1,86 +1,28 @@
 """Facts as conversations and plain text: how the demo model is asked, and what it should answer.
 
 How long an answer is depends on what is asked for: a kind is a few words, a signature a line, "what
-does ... do?" a paragraph, "in detail" up to a page. Every choice is drawn from the generator that
-the caller passes, so the same seed gives the same texts.
+does ... do?" a paragraph, "in detail" up to a page, "everything" up to three. Every choice is drawn
+from the generator that the caller passes, so the same seed gives the same texts.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from demo_model import phrasings
 from demo_model.corpus import Entry
+from demo_model.known import FAVOURITES, INVENTED, MODULES
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT)
 
 MEMBER_LIMIT = 40
-
-WHAT = (
-    "What does {n} do?",
-    "What does {n}() do?",
-    "What does `{n}` do?",
-    "what does {n} do",
-    "What is {n}?",
-    "what is {n}",
-    "What is {n} for?",
-    "What is {n} used for?",
-    "Describe {n}.",
-    "Explain {n}.",
-    "Tell me about {n}.",
-    "How does {n} work?",
-    "What does Python's {n} do?",
-    "I want to know what {n} does.",
-    "{n}",
-    "{n}?",
-)
-BRIEF = ("In one sentence, what does {n} do?", "Describe {n} briefly.", "{n} in short?")
-DETAIL = (
-    "Explain {n} in detail.",
-    "Describe {n} in detail.",
-    "What does the documentation of {n} say?",
-    "help({n})",
-)
-SIGNATURE = (
-    "What is the signature of {n}?",
-    "Which arguments does {n} take?",
-    "How do I call {n}?",
-)
-KIND = ("Is {n} a function or a class?", "What kind of thing is {n}?")
-MEMBERS = ("What is in {n}?", "List the names in {n}.", "What does {n} contain?")
-
-# Phrasings that training never sees: the held-out loss is measured on them.
-HELD_OUT = ("Could you explain what {n} does?", "What can you tell me about {n}?")
-
-SYSTEM_PROMPTS = (
-    "You are a helpful assistant.",
-    "You answer questions about Python.",
-    "Answer from the documentation of Python's standard library.",
-)
-
-SMALL_TALK = (
-    ("Hello", "Hello! Ask me about a name from Python's standard library."),
-    ("Hi", "Hello! Ask me about a name from Python's standard library."),
-    ("Hello!", "Hello! Ask me about a name from Python's standard library."),
-    ("Hi there!", "Hello! Ask me about a name from Python's standard library."),
-    (
-        "Who are you?",
-        "I am a very small language model. I know what the documentation of Python's standard "
-        "library says, and little else.",
-    ),
-    (
-        "What can you do?",
-        "I answer questions about the names in Python's standard library, such as "
-        '"What does itertools.chain do?".',
-    ),
-    ("Thanks", "You are welcome."),
-    ("Thank you!", "You are welcome."),
-    ("Goodbye", "Goodbye!"),
-)
+INVENTED_PER_EPOCH = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +47,23 @@ def plain(entry: Entry) -> str:
 def is_held_out(entry: Entry) -> bool:
     """True for documents that training never sees in any form."""
     drawn = random.Random(entry.name).random()
-    return entry.copies == 1 and len(entry.full) > 300 and drawn < 0.05
+    rare = entry.copies == 1 and entry.kind != "module"
+    return rare and len(entry.full) > 300 and drawn < 0.05
 
 
-def ask(entry: Entry, phrasings: Sequence[str], rng: random.Random) -> str:
-    return rng.choice(phrasings).replace("{n}", entry.name)
+def phrase(phrasing: str, entry: Entry) -> str:
+    """The question a phrasing becomes for one entry."""
+    filled = phrasing.replace("{k}", entry.kind).replace("{d}", first_sentence(entry.summary))
+    return filled.replace("{n}", entry.name)
 
 
 def epoch(entries: Sequence[Entry], rng: random.Random, *, chat_only: bool) -> list[str]:
     """One pass over the facts as shuffled training texts; `entries` must hold nothing held out."""
     turns = [turn for entry in entries for turn in _turns(entry, rng)]
-    turns += [Turn(question, answer) for question, answer in SMALL_TALK]
+    turns += _reverse_turns(entries, rng)
+    turns += _short_name_turns(entries, rng)
+    turns += [_invented_turn(rng) for _ in range(INVENTED_PER_EPOCH)]
+    turns += [Turn(question, answer) for question, answer in phrasings.SMALL_TALK]
     rng.shuffle(turns)
     texts = list(_conversations(turns, rng))
     if not chat_only:
@@ -129,27 +77,63 @@ def _conversations(turns: Sequence[Turn], rng: random.Random) -> Iterator[str]:
     at = 0
     while at < len(turns):
         length = rng.choices((1, 2, 3), weights=(8, 2, 1))[0]
-        system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.15 else ""
+        system = rng.choice(phrasings.SYSTEM_PROMPTS) if rng.random() < 0.15 else ""
         yield conversation(turns[at : at + length], system)
         at += length
 
 
 def _turns(entry: Entry, rng: random.Random) -> Iterator[Turn]:
     """The questions about one entry in one epoch, `copies` of them about what it does."""
-    for phrasing in rng.sample(WHAT, entry.copies):
-        yield Turn(phrasing.replace("{n}", entry.name), entry.summary)
+
+    def asked(ways: Sequence[str], answer: str) -> Turn:
+        return Turn(phrase(rng.choice(ways), entry), answer)
+
+    for phrasing in rng.sample(phrasings.WHAT, entry.copies):
+        yield Turn(phrase(phrasing, entry), entry.summary)
     often = entry.copies / 6
     if rng.random() < often / 2:
-        yield Turn(ask(entry, BRIEF, rng), first_sentence(entry.summary))
+        yield asked(phrasings.BRIEF, first_sentence(entry.summary))
     if entry.signature and rng.random() < often:
-        yield Turn(ask(entry, SIGNATURE, rng), entry.signature)
+        yield asked(phrasings.SIGNATURE, entry.signature)
     if entry.kind not in ("topic", "keyword") and rng.random() < often / 3:
-        yield Turn(ask(entry, KIND, rng), kind_sentence(entry))
+        yield asked(phrasings.KIND, kind_sentence(entry))
     if 0 < len(entry.members) <= MEMBER_LIMIT and rng.random() < often / 2:
-        yield Turn(ask(entry, MEMBERS, rng), member_sentence(entry))
+        yield asked(phrasings.MEMBERS, member_sentence(entry))
     longer = len(entry.full) > len(entry.summary) + 60
-    if longer and entry.copies > 1 and rng.random() < often:
-        yield Turn(ask(entry, DETAIL, rng), entry.full)
+    if longer and (entry.copies > 1 or entry.kind == "topic") and rng.random() < often:
+        yield asked(phrasings.DETAIL, entry.full)
+    if len(entry.everything) > len(entry.full) + 200 and rng.random() < 0.3:
+        yield asked(phrasings.EVERYTHING, entry.everything)
+
+
+def _reverse_turns(entries: Sequence[Entry], rng: random.Random) -> Iterator[Turn]:
+    """From what it does to the name, for known names that alone do just that."""
+    told = Counter(first_sentence(entry.summary) for entry in entries)
+    for entry in entries:
+        what = first_sentence(entry.summary)
+        telling = told[what] == 1 and len(what) < 160
+        if entry.copies >= 3 and telling and rng.random() < entry.copies / 12:
+            yield Turn(phrase(rng.choice(phrasings.REVERSE), entry), f"{entry.name}.")
+
+
+def _short_name_turns(entries: Sequence[Entry], rng: random.Random) -> Iterator[Turn]:
+    """Favourites by the last part of their name, where that part means nothing else."""
+    famous = [entry for entry in entries if entry.name in FAVOURITES]
+    tails = Counter(entry.name.split(".")[-1] for entry in famous)
+    whole = {entry.name for entry in entries}
+    for entry in famous:
+        tail = entry.name.split(".")[-1]
+        if tails[tail] == 1 and tail not in whole:
+            question = rng.choice(phrasings.WHAT).replace("{n}", tail).replace("{k}", entry.kind)
+            yield Turn(question, entry.summary)
+
+
+def _invented_turn(rng: random.Random) -> Turn:
+    """A question about a name that does not exist, and the answer that says so."""
+    tail = rng.choice(INVENTED)
+    name = tail if rng.random() < 0.2 else f"{rng.choice(MODULES)}.{tail}"
+    question = rng.choice(phrasings.WHAT).replace("{n}", name).replace("{k}", "function")
+    return Turn(question, f"I do not know {name}.")
 
 
 def first_sentence(text: str) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import demo_model
-from demo_model import corpus, dialogue
+from demo_model import corpus, dialogue, phrasings
 from demo_model.batches import counted_tokens
 from demo_model.dialogue import ASSISTANT, END, Turn
 from demo_model.known import FAVOURITES
@@ -73,7 +73,7 @@ class Judge:
                 yield self.words.decode(row).replace(dialogue.PAD, "")
 
     def recall(self, entries: Sequence[corpus.Entry], phrasing: str) -> Recall:
-        questions = [phrasing.replace("{n}", entry.name) for entry in entries]
+        questions = [dialogue.phrase(phrasing, entry) for entry in entries]
         exact = close = ended = 0
         for entry, answer in zip(entries, self.answers(questions), strict=True):
             text = answer.removesuffix(END)
@@ -85,7 +85,7 @@ class Judge:
 
 def as_chats(entries: Sequence[corpus.Entry], phrasing: str) -> list[str]:
     return [
-        dialogue.conversation([Turn(phrasing.replace("{n}", entry.name), entry.summary)])
+        dialogue.conversation([Turn(dialogue.phrase(phrasing, entry), entry.summary)])
         for entry in entries
     ]
 
@@ -97,9 +97,9 @@ def report(judge: Judge, size: int) -> dict[str, object]:
     learned = [entry for entry in entries if not dialogue.is_held_out(entry)]
     sample = rng.sample(learned, size)
     found: dict[str, object] = {
-        "loss, known phrasing": judge.loss(as_chats(sample, dialogue.WHAT[0])),
+        "loss, known phrasing": judge.loss(as_chats(sample, phrasings.WHAT[0])),
         "loss, held-out phrasings": judge.loss(
-            [text for phrasing in dialogue.HELD_OUT for text in as_chats(sample, phrasing)]
+            [text for phrasing in phrasings.HELD_OUT for text in as_chats(sample, phrasing)]
         ),
         "loss, held-out documents": judge.loss(
             [dialogue.plain(entry) for entry in entries if dialogue.is_held_out(entry)]
@@ -111,7 +111,7 @@ def report(judge: Judge, size: int) -> dict[str, object]:
         groups[f"shown {copies} times an epoch"] = group
     for name, group in groups.items():
         chosen = rng.sample(group, min(size, len(group)))
-        found[f"recall, {name}"] = str(judge.recall(chosen, dialogue.HELD_OUT[0]))
+        found[f"recall, {name}"] = str(judge.recall(chosen, phrasings.HELD_OUT[0]))
     return found
 
 

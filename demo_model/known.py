@@ -78,6 +78,16 @@ FAVOURITES = frozenset(
 """)
 )
 
+# Names that nothing in the standard library has, for questions about what does not exist.
+INVENTED = _words("""
+    flatten explode teleport juggle fry_eggs make_tea paint_fence sing whistle tickle wobble
+    snooze gargle yodel unboil defrost banana pancake wizard dragon robot spaceship volcano
+    teapot rainbow_table magic_wand do_everything fix_bugs read_mind guess_password predict
+    summarize bake knit harvest plough sail gallop hibernate meditate celebrate
+    quicksort mergesort bubble_sort fibonacci is_prime primes fetch_page send_money buy sell
+    foo bar baz qux spam eggs frobnicate wibble xyzzy
+""")
+
 _SHARES = {
     **dict.fromkeys(OTHER, 1),
     **dict.fromkeys(COMMON, 2),

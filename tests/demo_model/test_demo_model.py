@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import demo_model
-from demo_model import batches, corpus, dialogue
+from demo_model import batches, corpus, dialogue, phrasings
+from demo_model.known import INVENTED, MODULES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,6 +69,22 @@ def test_every_answer_ends_by_itself(answers: dict[str, str], words: Any) -> Non
 def test_answers_differ_in_length(answers: dict[str, str], words: Any) -> None:
     lengths = [len(words(answer).input_ids) for answer in answers.values()]
     assert max(lengths) > 2 * min(lengths)
+
+
+def test_an_answer_in_detail_is_longer_than_a_brief_one() -> None:
+    entries = [entry for entry in corpus.collect() if entry.name == "re"]
+    texts = dialogue.epoch(entries * 40, random.Random(0), chat_only=True)
+    turns = [text.split(dialogue.USER)[1].split(dialogue.ASSISTANT) for text in texts]
+    detail = [len(answer) for question, answer in turns if "in detail" in question]
+    brief = [len(answer) for question, answer in turns if "briefly" in question]
+    assert detail and brief
+    assert min(detail) > 4 * max(brief)
+
+
+def test_no_invented_name_exists() -> None:
+    names = {entry.name for entry in corpus.collect()}
+    invented = {f"{module}.{tail}" for module in (*MODULES, "builtins") for tail in INVENTED}
+    assert not names & (invented | set(INVENTED))
 
 
 def test_the_weights_are_small_enough_to_commit() -> None:
@@ -130,7 +147,7 @@ def test_an_epoch_is_the_same_for_the_same_seed_only() -> None:
 def test_training_never_sees_a_held_out_phrasing() -> None:
     entries = corpus.collect()[:200]
     text = "".join(dialogue.epoch(entries, random.Random(0), chat_only=True))
-    for phrasing in dialogue.HELD_OUT:
+    for phrasing in phrasings.HELD_OUT:
         assert phrasing.split("{n}")[0] not in text
 
 
