@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+import demo_model
+from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from engine.attention.select import select_attention
 from engine.model.config import read_config
@@ -33,7 +35,7 @@ def load_executor(
     threads: int = 0,
     buffer: Callable[[int], memoryview] | None = None,
 ) -> TorchExecutor:
-    """Load a model and allocate its KV cache. Parameters as in baton.config.WorkerConfig.
+    """Load a model and allocate its KV cache. Parameters as in WorkerConfig.
 
     `buffer(bytes)` provides the memory of the KV pool, writable and zeroed; torch allocates it if
     None. With `kv_blocks` 0 the pool takes `kv_memory` bytes, but never more than
@@ -70,6 +72,46 @@ def load_executor(
         max_context=context,
     )
     return TorchExecutor(model, pool, capacity, limits)
+
+
+def executor_from(
+    config: WorkerConfig, buffer: Callable[[int], memoryview] | None = None
+) -> TorchExecutor:
+    """`load_executor` as a worker's configuration asks for; the demo model if it names none."""
+    return load_executor(
+        config.model or demo_model.path(),
+        dtype=config.dtype,
+        device=config.device,
+        block_size=config.block_size,
+        kv_blocks=config.kv_blocks,
+        kv_memory=config.kv_memory,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_sequences=config.max_batch_sequences,
+        max_context=config.max_context,
+        attention_backend=config.attention_backend,
+        threads=config.threads,
+        buffer=buffer,
+    )
+
+
+def executor_from(
+    config: WorkerConfig, *, buffer: Callable[[int], memoryview] | None = None
+) -> TorchExecutor:
+    """`load_executor` with a worker's configuration; the demo model if it names none."""
+    return load_executor(
+        config.model or demo_model.path(),
+        dtype=config.dtype,
+        device=config.device,
+        block_size=config.block_size,
+        kv_blocks=config.kv_blocks,
+        kv_memory=config.kv_memory,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_sequences=config.max_batch_sequences,
+        max_context=config.max_context,
+        attention_backend=config.attention_backend,
+        threads=config.threads,
+        buffer=buffer,
+    )
 
 
 def _context(model: PagedModel, max_context: int) -> int:
