@@ -137,9 +137,6 @@ class PrefillConfig(WorkerConfig):
     address: str = Field("127.0.0.1:50061", description="host:port of the worker's API")
     kv_address: str = Field("127.0.0.1:0", description="host:port of the KV data channel")
     kv_lease_seconds: Seconds = Field(30.0, description="first time to live of published KV")
-    kv_lease_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.75, description="share of the KV pool that may be under lease"
-    )
 
 
 class DecodeConfig(WorkerConfig):

@@ -12,6 +12,7 @@
     ├── ModelError          (start-up only)                  the model directory cannot be served
     ├── ConfigError         (start-up only)                  the configuration makes no sense
     ├── QueueError          UNAVAILABLE + RetryInfo          Redis failed or answered nonsense
+    ├── EngineFailed        INTERNAL                         the pass that the request was in broke
     └── KvTransferError     (between workers)                the hand-off failed: recompute
 
 The mapping lives in baton/rpc.py, in one interceptor. Anything else that escapes a handler becomes
@@ -99,6 +100,10 @@ class ModelError(BatonError):
 
 class ConfigError(BatonError):
     """Configuration that cannot work. Raised at start, names the flag."""
+
+
+class EngineFailed(BatonError):
+    """The pass that a request was in broke, and the request with it."""
 
 
 class KvTransferError(BatonError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from scheduling.cost import LinearCost
 from scheduling.mlfq import Mlfq
@@ -94,3 +95,14 @@ def make_policy(name: str, *, mlfq: Mlfq | None = None, cost: LinearCost | None 
     if name == "skip-join-mlfq":
         return SkipJoinMlfq(mlfq or Mlfq(), cost or LinearCost())
     raise ConfigError(f"--policy {name}: unknown; there are fcfs and skip-join-mlfq")
+
+
+def policy_from(config: WorkerConfig) -> Policy:
+    """The policy that a worker's configuration names."""
+    mlfq = Mlfq(
+        levels=config.mlfq_levels,
+        quantum=config.mlfq_quantum,
+        ratio=config.mlfq_ratio,
+        promote_after=config.mlfq_promote_after,
+    )
+    return make_policy(config.policy, mlfq=mlfq)

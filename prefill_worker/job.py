@@ -1,0 +1,28 @@
+"""One prefill, from the gateway's call to its first token."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from baton.types import Claim, KvRef, Request
+from scheduling.events import Prefilled
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Owned by the worker. `news` has one reader, the RPC handler: a KvRef, then a Prefilled; or
+    an exception, which ends it."""
+
+    request_id: str  # the caller's, for Redis; the scheduler knows `request.id`
+    request: Request
+    claim: Claim
+    news: asyncio.Queue[KvRef | Prefilled | Exception] = field(default_factory=asyncio.Queue)
+    lease: bytes = b""  # none before the first pass
+    served: float = 0.0  # seconds of passes it took part in
+    complete: bool = False
+
+    @property
+    def prior_tokens(self) -> int:
+        """Output tokens of earlier attempts, which are prefilled like the prompt."""
+        return len(self.request.prior(0).token_ids)

@@ -1,0 +1,45 @@
+"""The PrefillService RPC."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from baton import wire
+from baton.internal.v1 import worker_pb2, worker_pb2_grpc
+from baton.types import KvRef
+from prefill_worker.worker import PrefillWorker
+from scheduling.events import Prefilled
+
+
+class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
+    """One RPC per prefill."""
+
+    def __init__(self, worker: PrefillWorker) -> None:
+        self._worker = worker
+
+    async def Prefill(
+        self, request: worker_pb2.PrefillRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        """Prefill one request; a cancelled RPC stops the work."""
+        engine_request = wire.request_from_proto(request.request, time.monotonic())
+        claim = wire.claim_from_proto(request.claim)
+        async with aclosing(self._worker.prefill(engine_request, claim)) as news:
+            async for event in news:
+                yield _response(event, engine_request.prompt_ids)
+
+
+def _response(event: KvRef | Prefilled, prompt: tuple[int, ...]) -> worker_pb2.PrefillResponse:
+    if isinstance(event, KvRef):
+        return worker_pb2.PrefillResponse(leased=wire.kv_ref_to_proto(event))
+    logprobs = event.prompt_logprobs
+    return worker_pb2.PrefillResponse(
+        prefilled=worker_pb2.Prefilled(
+            first=wire.output_to_proto(event.output, slot=0),
+            prompt_logprobs=wire.prompt_logprobs_to_proto(prompt, logprobs) if logprobs else (),
+            queued=wire.duration(event.queued),
+            computed=wire.duration(event.computed),
+        )
+    )

@@ -1,0 +1,168 @@
+"""Drives one engine for all gateways: prompts in, leases on KV and first tokens out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from baton.errors import BatonError, EngineFailed, Overloaded, Unavailable
+from baton.types import Claim, KvRef, Load, Request
+from engine.executor import Executor
+from engine.loop import EngineLoop
+from engine.metrics import EngineMetrics
+from kv_transfer.contract import Producer
+from prefill_worker.job import Job
+from queueing.contract import Progress, Verdict
+from scheduling.events import PrefillAdvanced, Prefilled, PrefillEvent, PrefillStarted
+from scheduling.plan import StepPlan
+from scheduling.prefill import PrefillScheduler
+
+log = logging.getLogger(__name__)
+
+
+class PrefillWorker:
+    """Jobs over a PrefillScheduler. Everything here runs on the event loop.
+
+    Blocks: the scheduler's until PrefillStarted; then they lie under a lease, and the producer
+    says `on_freed` when that has ended and nobody reads them.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: PrefillScheduler,
+        producer: Producer,
+        metrics: EngineMetrics,
+    ) -> None:
+        self._scheduler = scheduler
+        self._block_size = executor.capacity.block_size
+        self._producer = producer
+        self._metrics = metrics
+        self._jobs: dict[str, Job] = {}  # by the scheduler's request id
+        self._leased: dict[bytes, list[int]] = {}  # blocks under lease, by lease id
+        self._calls = 0
+        self.draining = False
+        self.engine = EngineLoop(scheduler, executor, self._on_events)
+
+    # What gateways ask.
+
+    async def prefill(
+        self, request: Request, claim: Claim
+    ) -> AsyncGenerator[KvRef | Prefilled, None]:
+        """Run one prefill: a KvRef as soon as there are blocks, then a Prefilled.
+
+        Closing the iterator stops the work and revokes the lease, unless prefill was complete:
+        then the lease lives on, for the decode worker. Raises InvalidRequest and Overloaded.
+        """
+        if self.draining:
+            raise Unavailable("this worker is shutting down")
+        self._calls += 1
+        # Unique here even while an earlier attempt at the same request is still being cleared.
+        job = Job(request.id, replace(request, id=f"{request.id}/{self._calls}"), claim)
+        self._scheduler.submit(job.request, time.monotonic())
+        self._jobs[job.request.id] = job
+        self.engine.wake()
+        try:
+            while True:
+                news = await job.news.get()
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+                if isinstance(news, Prefilled):
+                    return
+        finally:
+            self._drop(job)
+
+    # The engine's news.
+
+    def _on_events(self, plan: StepPlan, events: list[PrefillEvent], seconds: float) -> None:
+        self._metrics.step(plan, seconds)
+        for chunk in plan.chunks:
+            if job := self._jobs.get(chunk.sequence.request.id):
+                job.served += seconds
+        for event in events:
+            match event:
+                case PrefillStarted(sequence):
+                    self._started(self._jobs[sequence.request.id], sequence.blocks)
+                case PrefillAdvanced(sequence, computed):
+                    # Aborted by what came before it in this very list, if it has no job.
+                    if job := self._jobs.get(sequence.request.id):
+                        self._producer.advance(job.lease, computed // self._block_size)
+                case Prefilled(sequence):
+                    if job := self._jobs.get(sequence.request.id):
+                        self._complete(job, event)
+                case _:
+                    if job := self._jobs.get(event.request_id):
+                        self._fail(job, EngineFailed("the engine failed"))
+        self._metrics.load(self.load())
+
+    def _started(self, job: Job, blocks: list[int]) -> None:
+        try:
+            ref = self._producer.publish(blocks, len(job.request.prompt_ids) + job.prior_tokens)
+        except Overloaded as error:
+            self._scheduler.release(blocks)
+            self._fail(job, error)
+            return
+        self._leased[ref.lease_id] = blocks
+        job.lease = ref.lease_id
+        job.news.put_nowait(ref)
+
+    def _complete(self, job: Job, event: Prefilled) -> None:
+        job.complete = True
+        if event.output.finish is None:
+            self._producer.seal(job.lease)
+        else:
+            self._producer.revoke(job.lease)  # nobody will decode: the first token was the last
+        job.news.put_nowait(event)
+
+    def on_freed(self, lease_id: bytes) -> None:
+        """The blocks of a lease may be used again."""
+        self._scheduler.release(self._leased.pop(lease_id))
+        self._metrics.load(self.load())
+        self.engine.wake()
+
+    # The end, and what others need to know.
+
+    def _fail(self, job: Job, error: BatonError) -> None:
+        self._drop(job)
+        job.news.put_nowait(error)
+
+    def _drop(self, job: Job) -> None:
+        """Forget a job; stop its work and end its lease if it was not complete. Idempotent."""
+        if self._jobs.pop(job.request.id, None) is None or job.complete:
+            return
+        self._scheduler.abort(job.request.id, time.monotonic())
+        if job.lease:
+            self._producer.revoke(job.lease)
+        self.engine.wake()
+
+    def progress(self) -> list[Progress]:
+        """What this worker holds, for the report: prefills that have no new output yet. A
+        complete one is the gateway's to hand off, long before its claim runs out."""
+        return [
+            Progress(job.request_id, job.claim.fence, job.prior_tokens, job.served)
+            for job in self._jobs.values()
+        ]
+
+    def drop(self, progress: Progress, verdict: Verdict) -> None:
+        """The queue says that a request is not ours any more."""
+        for job in list(self._jobs.values()):
+            if (job.request_id, job.claim.fence) == (progress.request_id, progress.fence):
+                self._fail(job, Unavailable(f"the claim is {verdict.name.lower()}"))
+
+    def load(self) -> Load:
+        """How busy this worker is."""
+        return replace(self._scheduler.load(), draining=self.draining)
+
+    @property
+    def idle(self) -> bool:
+        """No prefill runs and nobody reads blocks of this worker."""
+        return not self._jobs and not self._leased
+
+    async def stop(self) -> None:
+        """End every job, then the engine."""
+        for job in list(self._jobs.values()):
+            self._fail(job, Unavailable("this worker is shutting down"))
+        await self.engine.stop()
