@@ -94,26 +94,6 @@ def executor_from(
     )
 
 
-def executor_from(
-    config: WorkerConfig, *, buffer: Callable[[int], memoryview] | None = None
-) -> TorchExecutor:
-    """`load_executor` with a worker's configuration; the demo model if it names none."""
-    return load_executor(
-        config.model or demo_model.path(),
-        dtype=config.dtype,
-        device=config.device,
-        block_size=config.block_size,
-        kv_blocks=config.kv_blocks,
-        kv_memory=config.kv_memory,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_sequences=config.max_batch_sequences,
-        max_context=config.max_context,
-        attention_backend=config.attention_backend,
-        threads=config.threads,
-        buffer=buffer,
-    )
-
-
 def _context(model: PagedModel, max_context: int) -> int:
     if max_context > model.max_context:
         raise ConfigError(
