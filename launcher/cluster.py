@@ -100,7 +100,7 @@ class LocalCluster:
         if not url:
             self._redis = await EmbeddedRedis.start()
             url = self._redis.url
-        self._addresses = _addresses(self._config)
+        self._addresses = addresses_of(self._config)
         await self._supervisor.start(commands(self._config, self._addresses, url))
         ready = asyncio.create_task(self._wait_ready())
         failed = asyncio.create_task(self._supervisor.failed())
@@ -141,7 +141,7 @@ class LocalCluster:
         self._awaited.discard(name)
 
 
-def _addresses(config: ServeConfig) -> dict[str, str]:
+def addresses_of(config: ServeConfig) -> dict[str, str]:
     """Where each process listens; port 0 becomes a free one. The gateway comes first."""
     workers = [f"prefill-{i}" for i in range(config.prefill_workers)]
     workers += [f"decode-{i}" for i in range(config.decode_workers)]

@@ -42,7 +42,7 @@ async def _demo(config: ServeConfig, console: Console) -> int:
         )
         asked = time.perf_counter()
         with screen_for(console, answers) as screen:
-            await _ask_all(cluster.address, answers, screen)
+            await ask_all(cluster.address, answers, screen)
         wall = time.perf_counter() - asked
     console.print(summary(answers, wall))
     failed = [answer for answer in answers if answer.error]
@@ -52,7 +52,8 @@ async def _demo(config: ServeConfig, console: Console) -> int:
     return 1 if failed else 0
 
 
-async def _ask_all(address: str, answers: Sequence[Answer], screen: Screen) -> None:
+async def ask_all(address: str, answers: Sequence[Answer], screen: Screen) -> None:
+    """Ask everything at once on one channel; returns when all answers have ended."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         await asyncio.gather(*(_ask(stub, answer, screen) for answer in answers))

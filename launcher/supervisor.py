@@ -17,12 +17,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from baton import tether
 from baton.errors import BatonError
-
-TETHER = Path(tether.__file__)
 
 LogSink = Callable[[str, str], None]
 """Takes the name of a process and one line of its log."""
@@ -66,7 +63,7 @@ class Child:
     async def start(self) -> None:
         """Start it, in a process group of its own: Ctrl-C in a terminal is for the supervisor."""
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-S", str(TETHER), str(os.getpid()), *self.command.argv),
+            *(sys.executable, "-IS", tether.__file__, str(os.getpid()), *self.command.argv),
             env=dict(self.command.env) | {"PYTHONUNBUFFERED": "1"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

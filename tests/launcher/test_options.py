@@ -80,8 +80,6 @@ class TestEveryProcess:
             match default:
                 case bool():
                     arguments, value = [flag(name)], True
-                case float() if name == "kv_lease_fraction":  # at most 1
-                    arguments, value = [flag(name), "0.5"], 0.5
                 case int() | float():
                     arguments, value = [flag(name), str(default + 1)], default + 1
                 case _ if name in ("dtype", "policy", "log_level"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from baton import tether
 from launcher.supervisor import Backoff, ChildFailed, Command, Supervisor
 
 FOREVER = "import time; print('up'); time.sleep(60)"
@@ -201,10 +202,9 @@ def test_children_die_with_a_supervisor_that_is_killed():
 
 
 def test_a_tether_whose_parent_is_gone_runs_nothing(tmp_path: Path):
-    from launcher.supervisor import TETHER
 
     mark = tmp_path / "mark"
-    ended = subprocess.run([sys.executable, "-S", TETHER, "1", "touch", mark])
+    ended = subprocess.run([sys.executable, "-IS", tether.__file__, "1", "touch", mark])
     assert ended.returncode == 1
     assert not mark.exists()
 
