@@ -255,14 +255,18 @@ class DecodeScheduler:
         for sequence in ranked:
             if len(chosen) == self._capacity.max_sequences:
                 break
+            if sequence.generating:
+                chosen.append(sequence)
+                continue
+            if left <= 0:
+                continue
             if sequence.phase is Phase.WAITING:
-                if left <= 0 or self._head_blocked or self._must_wait_for_sibling(sequence):
+                if self._head_blocked or self._must_wait_for_sibling(sequence):
                     continue
                 if not self._admit(sequence):
                     self._head_blocked = True
                     continue
-            if not sequence.generating:
-                left -= sequence.uncomputed
+            left -= sequence.uncomputed
             chosen.append(sequence)
         return chosen
 
