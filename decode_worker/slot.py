@@ -61,7 +61,7 @@ class Slot:
     # Set on the way.
     incoming: Sequence | None = None  # holds the reserved blocks until KV is there
     pull: asyncio.Task[None] | None = None
-    kv: PullReport | BaseException | None = None
+    kv: PullReport | Exception | None = None
     activation: Activation | None = None
     expiry: asyncio.TimerHandle | None = None
     open_sequences: set[int] = field(default_factory=set)  # indices that have not finished

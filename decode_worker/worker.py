@@ -90,9 +90,7 @@ class DecodeWorker:
                 self._scheduler.submit(request, now)
             else:
                 slot.incoming = self._scheduler.reserve(request, now)
-                slot.expiry = asyncio.get_running_loop().call_later(
-                    self._reserve_timeout, self._expire, slot
-                )
+                self._arm_expiry(slot)
         except InvalidRequest as error:
             link.failed(command.slot, code_pb2.INVALID_ARGUMENT, str(error))
             return
@@ -110,7 +108,9 @@ class DecodeWorker:
         if slot is None or slot.state is not State.RESERVED:
             return
         slot.move(State.PULLING)
+        self._cancel_expiry(slot)  # the pull has deadlines of its own
         slot.pull = self._pulls.start(self._pull(slot, ref), f"pull {slot.request_id}")
+        slot.pull.add_done_callback(lambda _: self._pulled(slot))
 
     def activate(self, link: Link, number: int, activation: Activation) -> None:
         """Let the slot decode as soon as its KV is here. Ignored when the slot is gone."""
@@ -139,12 +139,15 @@ class DecodeWorker:
             # Whatever went wrong with the bytes, the tokens are here: recompute.
             log.warning("KV of request %s is recomputed: %s", slot.request_id, error)
             slot.kv = error
-        finally:
-            if slot.state is State.ENDED:
-                self._scheduler.quiet(sequence)
-                self.engine.wake()
+
+    def _pulled(self, slot: Slot) -> None:
+        """The pull is over, cancelled before its first step or not: its pages are quiet."""
         if slot.state is State.PULLING:
+            self._arm_expiry(slot)  # for the activation, if that is still to come
             self._begin_if_ready(slot)
+        elif slot.incoming is not None:
+            self._scheduler.quiet(slot.incoming)
+            self.engine.wake()
 
     def _begin_if_ready(self, slot: Slot) -> None:
         if slot.kv is None or slot.activation is None:
@@ -217,16 +220,20 @@ class DecodeWorker:
         """Free everything a slot holds. Idempotent."""
         if slot.state is State.ENDED:
             return
-        pulling = slot.state is State.PULLING
         slot.move(State.ENDED)
         del self._slots[slot.request.id]
         self._cancel_expiry(slot)
         self._scheduler.abort(slot.request.id, time.monotonic())
         if slot.pull is not None and not slot.pull.done():
-            slot.pull.cancel()  # its end makes the pages quiet
-        elif slot.incoming is not None and (pulling or slot.pull is None):
+            slot.pull.cancel()  # the pages are quiet when it has ended
+        elif slot.incoming is not None:
             self._scheduler.quiet(slot.incoming)
         self.engine.wake()
+
+    def _arm_expiry(self, slot: Slot) -> None:
+        """Reserved blocks have an owner who may die: they do not wait for ever."""
+        loop = asyncio.get_running_loop()
+        slot.expiry = loop.call_later(self._reserve_timeout, self._expire, slot)
 
     def _cancel_expiry(self, slot: Slot) -> None:
         if slot.expiry is not None:
