@@ -120,8 +120,9 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
 
 
 def insecure(control_address: str) -> grpc.aio.Channel:
-    """A channel without TLS: loopback and private networks."""
-    return grpc.aio.insecure_channel(control_address)
+    """A channel without TLS: loopback and private networks. Shares no connection with other
+    channels, so that a producer that restarted is not held to its predecessor's back-off."""
+    return grpc.aio.insecure_channel(control_address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 class GrpcDialer:

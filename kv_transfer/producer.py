@@ -65,7 +65,7 @@ class LeaseProducer:
 
     `control_address` is where consumers reach the KvService of this process. `shared` is the
     memory that `store` lies in, if it may be mapped by others; `data_address` (host:port) turns
-    on TCP. `max_leased_blocks` bounds what leases hold. `on_freed` is called on the event loop,
+    on TCP, advertised under the control address's host if it listens everywhere. `max_leased_blocks` bounds what leases hold. `on_freed` is called on the event loop,
     never from inside a method of this class.
     """
 
@@ -100,7 +100,7 @@ class LeaseProducer:
         self._threads = ThreadPoolExecutor(1, "kv-digest")
         self._digesting: set[asyncio.Future[list[int]]] = set()
         self._shm = ShmServer(shared, self.engine_id) if shared is not None else None
-        self._tcp = TcpServer(self, store, data_address, stall=stall) if data_address else None
+        self._tcp = self._tcp_server(data_address, stall) if data_address else None
         self._timer: asyncio.Task[None] | None = None
 
     @property
@@ -280,6 +280,11 @@ class LeaseProducer:
             self._table.seal(lease.id, now)
         filling.changed.set()
         self._settle()
+
+    def _tcp_server(self, address: str, stall: float) -> TcpServer:
+        everywhere = address.rpartition(":")[0] in ("0.0.0.0", "[::]", "::")  # noqa: S104 - refused as an advertised host
+        host = self.control_address.rpartition(":")[0] if everywhere else ""
+        return TcpServer(self, self._store, address, stall=stall, advertised_host=host)
 
     def _digests(self, blocks: Sequence[int], first: int) -> list[int]:
         return [block_digest(self._store.block(block), first + i) for i, block in enumerate(blocks)]

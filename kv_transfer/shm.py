@@ -203,7 +203,6 @@ class ShmReader:
     async def close(self) -> None:
         """Unmap once the last read has ended."""
         self._ended()
-        self._pool = np.empty(0, np.uint8)
 
     def _copy(self, run: Run) -> None:
         pool, size = self._pool, self._block_bytes
@@ -215,9 +214,11 @@ class ShmReader:
             run.land(index)
 
     def _ended(self) -> None:
-        """The producer closed the connection (it never writes), or we do."""
+        """The producer closed the connection (it never writes), or we do. The map goes with the
+        last thread that copies from it: a dead producer's memory is not kept."""
         if not self._lost:
             self._lost = True
+            self._pool = np.empty(0, np.uint8)
             asyncio.get_running_loop().remove_reader(self._link)
             self._link.close()
 

@@ -44,7 +44,7 @@ MAX_RUN_BYTES = 64 * 2**20
 """A request for more than this (and more than one block) is refused."""
 _VIEWS_PER_CALL = 64  # buffers in one sendmsg or recvmsg_into; the kernel takes 1024
 _HANDSHAKE_SECONDS = 5.0
-_MAX_CONNECTIONS = 64
+_MAX_CONNECTIONS = 256
 
 
 class BlockSource(Protocol):
@@ -62,11 +62,18 @@ class BlockSource(Protocol):
 class TcpServer:
     """Sends leased blocks to consumers that hold a token.
 
-    `stall` is the longest time in seconds that a send may make no progress.
+    Listens on `address` (host:port, port 0 for any); `advertised_host` is what consumers are told,
+    if not the same. `stall` is the longest time in seconds that a send may make no progress.
     """
 
     def __init__(
-        self, source: BlockSource, store: BlockStore, address: str, *, stall: float
+        self,
+        source: BlockSource,
+        store: BlockStore,
+        address: str,
+        *,
+        stall: float,
+        advertised_host: str = "",
     ) -> None:
         self._source = source
         self._store = store
@@ -81,7 +88,7 @@ class TcpServer:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.setblocking(False)
         self._listener.bind((host.strip("[]"), int(port)))
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self.address = f"{advertised_host or host}:{self._listener.getsockname()[1]}"
 
     def start(self) -> None:
         """Listen."""

@@ -173,7 +173,7 @@ async def pair(make_pair: Callable[..., Any]) -> Pair:
 
 async def _until(condition: Callable[[], object], seconds: float = 5.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        for _ in iter(lambda: bool(condition()), True):
             await asyncio.sleep(0.005)
 
 
