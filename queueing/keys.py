@@ -19,7 +19,7 @@ lives in one slot and a script may touch any of its keys.
 | held:WORKER | set | requests claimed for a worker |
 | live:GATEWAY | zset | a gateway's live requests by deadline |
 | news:GATEWAY | zset | what sweeps did to a gateway's requests, until it has read it |
-| claim:NONCE | string | the answer to a recent claim, for its retries |
+| answer:NONCE | string | what a recent call was told, for its retries |
 
 Times are microseconds on the server's clock: coarser ones would tie, and ties sort by id.
 """
@@ -31,7 +31,7 @@ from baton.errors import ConfigError
 SINGLE = ("config", "fence", "counts", "tenants", "bands", "leases", "workers", "gateways")
 """Keys of which a pool has one."""
 
-FAMILIES = ("queue", "request", "worker", "held", "live", "news", "claim")
+FAMILIES = ("queue", "request", "worker", "held", "live", "news", "answer")
 """Keys of which a pool has one per id."""
 
 BAND_WIDTH = 16

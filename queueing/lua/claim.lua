@@ -11,7 +11,7 @@ drain_first()
 local t, gateway, nonce, worker, epoch = clock(), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local limit, look_ahead = tonumber(ARGV[6]), tonumber(ARGV[7])
 
-local answered = redis.call('GET', claim_key(nonce))
+local answered = redis.call('GET', answer_key(nonce))
 if answered then return cjson.decode(answered) end
 
 local w = redis.call('HMGET', worker_key(worker), 'epoch', 'draining', 'role', 'capacity_tokens', 'tokens')
@@ -60,5 +60,5 @@ end
 for _, band in ipairs(redis.call('ZRANGE', BANDS, 0, -1)) do
   if walk(band) then break end
 end
-if taken > 0 then redis.call('SET', claim_key(nonce), cjson.encode(out), 'EX', 10) end
+if taken > 0 then redis.call('SET', answer_key(nonce), cjson.encode(out), 'EX', 10) end
 return out

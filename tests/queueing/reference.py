@@ -1,0 +1,212 @@
+"""A model of the queue in plain Python: what the Lua scripts must do, without how.
+
+Times are integers, in microseconds. Fences are not modelled but learned from the replies; a fence
+that nobody was told is None, so that nothing matches it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from queueing.settings import QueueSettings
+
+SECOND = 1_000_000
+SETTINGS = QueueSettings(
+    levels=3,
+    max_queued_requests=9,
+    max_queued_tokens=2500,
+    max_requests_per_tenant=7,
+    max_attempts=2,
+    gateway_ttl=20.0,
+)
+WORKER_TTL = 5.0
+
+
+@dataclass
+class Entry:
+    """A request."""
+
+    id: str
+    gateway: str
+    tenant: str
+    priority: int
+    prompt: int
+    cached: int
+    deadline: int | None
+    queued_at: int
+    level: int
+    state: str = "Q"
+    spent: float = 0.0
+    generated: int = 0
+    faults: int = 0
+    fence: int | None = None
+    handed: int | None = None
+    worker: str = ""
+    epoch: int = 0
+    tokens: int = 0
+    served: float = 0.0
+    lease: int = 0
+
+    @property
+    def live(self) -> bool:
+        return self.state in "QPD"
+
+    @property
+    def claimed(self) -> bool:
+        return self.state in "PD"
+
+    @property
+    def need(self) -> int:
+        return max(1, self.prompt + self.generated - self.cached)
+
+
+@dataclass
+class Worker:
+    """A registered worker."""
+
+    epoch: int
+    role: str
+    capacity: int
+    expires: int
+    draining: bool = False
+
+
+@dataclass
+class Reference:
+    """The pool."""
+
+    now: int = 1000 * SECOND
+    requests: dict[str, Entry] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)
+    gateways: dict[str, int] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    news: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+
+    def waiting(self) -> list[Entry]:
+        """In the order in which they are due."""
+        queued = [r for r in self.requests.values() if r.state == "Q"]
+        return sorted(queued, key=lambda r: (-r.priority, r.level, r.queued_at, r.id))
+
+    def in_flight(self, worker: str) -> int:
+        """Prompt tokens claimed for a worker and not through yet."""
+        epoch = self.workers[worker].epoch
+        mine = [r for r in self.requests.values() if r.worker == worker and r.epoch == epoch]
+        return sum(r.tokens for r in mine if r.claimed)
+
+    def heartbeat(self, gateway: str) -> bool:
+        known = gateway in self.gateways and gateway not in self.lost
+        self.gateways[gateway] = self.now + int(SETTINGS.gateway_ttl * SECOND)
+        self.lost.discard(gateway)
+        return known
+
+    def refusal(self, tenant: str, prompt: int) -> str | None:
+        """Subject of the Overloaded error that a submission gets."""
+        waiting = self.waiting()
+        if len(waiting) >= SETTINGS.max_queued_requests:
+            return "queue"
+        if sum(r.prompt for r in waiting) + prompt > SETTINGS.max_queued_tokens:
+            return "queue tokens"
+        live = [r for r in self.requests.values() if r.live and r.tenant == tenant]
+        return "tenant requests" if len(live) >= SETTINGS.max_requests_per_tenant else None
+
+    def first_level(self, uncached: int) -> int:
+        s = SETTINGS
+        cost = s.prefill_seconds_base + uncached * s.prefill_seconds_per_token
+        covering = [level for level in range(s.levels) if s.quantum_of(level) >= cost]
+        return covering[0] if covering else s.levels - 1
+
+    def submit(self, gateway: str, new: Entry) -> int:
+        if gateway not in self.gateways:
+            self.heartbeat(gateway)
+            self.lost.add(gateway)
+        new.level = self.first_level(new.prompt - new.cached)
+        self.requests[new.id] = new
+        return new.level
+
+    def claimable(self, gateway: str, worker: str, epoch: int, limit: int) -> list[Entry]:
+        """What a claim must return: see GatewayQueue.claim."""
+        w = self.workers.get(worker)
+        if w is None or w.epoch != epoch or w.draining:
+            return []
+        used, out = self.in_flight(worker), list[Entry]()
+        for r in self.waiting():
+            owner_dead = self.gateways.get(r.gateway, 0) <= self.now
+            if owner_dead or (r.deadline is not None and r.deadline <= self.now):
+                continue
+            if used and used + r.need > w.capacity:
+                break
+            used += r.need
+            if r.gateway == gateway:
+                out.append(r)
+                if len(out) == limit:
+                    break
+        return out
+
+    def give(
+        self, r: Entry, worker: str, epoch: int, fence: int, *, state: str, tokens: int
+    ) -> None:
+        r.state, r.worker, r.epoch, r.fence = state, worker, epoch, fence
+        r.tokens, r.served = tokens, 0.0
+        r.lease = self.now + int(SETTINGS.lease_ttl * SECOND)
+
+    def end(self, r: Entry, outcome: str, generated: int = 0) -> None:
+        r.state, r.generated = outcome, max(generated, r.generated)
+
+    def requeue(self, r: Entry, *, fault: bool) -> None:
+        r.faults += fault
+        r.fence = None
+        if fault and r.faults >= SETTINGS.max_attempts:
+            self.end(r, "E")
+            return
+        r.state, r.worker, r.epoch, r.tokens = "Q", "", 0, 0
+
+    def requeue_and_tell(self, r: Entry, *, fault: bool) -> None:
+        self.requeue(r, fault=fault)
+        self.news.setdefault(r.gateway, set()).add((r.state, r.id))
+
+    def held(self, worker: str) -> list[Entry]:
+        return [r for r in self.requests.values() if r.claimed and r.worker == worker]
+
+    def reported(self, worker: str, r: Entry, fence: int, generated: int, served: float) -> str:
+        """Verdict on one line of a worker's report, after charging it."""
+        if not r.live:
+            return "X"
+        if r.worker != worker:
+            return "=" if r.state == "P" and r.fence == fence else "S"
+        if not (r.claimed and r.fence == fence) and not (r.state == "D" and r.handed == fence):
+            return "S"
+        r.spent += max(0.0, served - r.served)
+        while r.level < SETTINGS.levels - 1 and r.spent >= SETTINGS.quantum_of(r.level):
+            r.spent -= SETTINGS.quantum_of(r.level)
+            r.level += 1
+        if generated > r.generated:
+            r.tokens = 0
+        r.generated, r.served = max(generated, r.generated), served
+        r.lease = self.now + int(SETTINGS.lease_ttl * SECOND)
+        return "="
+
+    def promote(self) -> int:
+        old = self.now - int(SETTINGS.promote_after * SECOND)
+        lifted = [r for r in self.waiting() if r.level > 0 and r.queued_at <= old]
+        for r in lifted:
+            r.level, r.spent = 0, 0.0
+        return len(lifted)
+
+    def reap(self, gateway: str) -> tuple[set[str], set[tuple[str, str]], set[str]]:
+        """Expired workers, this gateway's news, its requests past their deadline."""
+        workers = {id for id, w in self.workers.items() if w.expires <= self.now}
+        for id in workers:
+            del self.workers[id]
+        for r in list(self.requests.values()):
+            if r.claimed and (r.worker in workers or r.lease <= self.now):
+                self.requeue_and_tell(r, fault=True)
+        dead = {g for g, end in self.gateways.items() if end <= self.now and g != gateway}
+        for r in self.requests.values():
+            if r.live and r.gateway in dead:
+                self.end(r, "C")
+        for id in dead:
+            del self.gateways[id]
+            self.news.pop(id, None)
+        mine = [r for r in self.requests.values() if r.live and r.gateway == gateway]
+        late = {r.id for r in mine if r.deadline is not None and r.deadline <= self.now}
+        return workers, self.news.pop(gateway, set()), late

@@ -1,0 +1,405 @@
+"""Random histories of several gateways and workers, checked step by step against a model."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.asyncio import Redis
+
+from baton.errors import AlreadyExists, Overloaded
+from baton.types import Claim, Load
+from queueing import keys
+from queueing.contract import Live, Outcome, Progress, Registration, Role, Submission, WorkerRecord
+from queueing.embedded import EmbeddedRedis, find_servers
+from queueing.redis_queue import RedisGatewayQueue, RedisWorkerQueue
+from queueing.scripts import Scripts
+from tests.queueing.reference import SECOND, SETTINGS, WORKER_TTL, Entry, Reference, Worker
+
+GATEWAYS = ("g1", "g2")
+ROLES = {"p1": Role.PREFILL, "p2": Role.PREFILL, "d1": Role.DECODE}
+CAPACITY = 400
+COUNTS_ONLY = {"promote", "reap", "reconcile"}  # these say how much this call did
+
+gateways = st.sampled_from(GATEWAYS)
+workers = st.sampled_from(sorted(ROLES))
+picks = st.integers(0, 30)
+generated = st.integers(0, 5)
+
+
+class Repeating(Scripts):
+    """Calls every script twice, as after a lost reply, and holds both answers to be equal."""
+
+    repeat = False
+
+    async def run(self, name: str, *arguments: str | int | float) -> Any:
+        first = await super().run(name, *arguments)
+        if not self.repeat:
+            return first
+        again = await super().run(name, *arguments)
+        assert name in COUNTS_ONLY or again == first, name
+        return first
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Every rule does one thing to the server and to the model and compares the answers."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Reference()
+        self.runner = asyncio.Runner()
+        self.pool = f"machine-{uuid.uuid4().hex[:8]}"
+        self.raw = Redis.from_url(self.url, decode_responses=True)
+        self.gateways = {
+            g: RedisGatewayQueue(self.url, self.pool, g, SETTINGS, clock=self.clock)
+            for g in GATEWAYS
+        }
+        self.workers = {w: self.worker_queue(w) for w in ROLES}
+        self.scripts = [
+            self.repeating(q) for q in (*self.gateways.values(), *self.workers.values())
+        ]
+        self.records: dict[str, list[WorkerRecord]] = {w: [] for w in ROLES}
+        self.fences: dict[str, list[int]] = {}
+        self.epochs: set[int] = set()
+
+    def clock(self) -> float:
+        return self.model.now / SECOND
+
+    def worker_queue(self, worker: str) -> RedisWorkerQueue:
+        registration = Registration(worker, ROLES[worker], "h:1", "l", "m", CAPACITY, 8, 4096)
+        return RedisWorkerQueue(
+            self.url, self.pool, registration, worker_ttl=WORKER_TTL, clock=self.clock
+        )
+
+    def repeating(self, queue: RedisGatewayQueue | RedisWorkerQueue) -> Repeating:
+        queue._scripts = scripts = Repeating(self.url, self.pool, self.clock)
+        return scripts
+
+    def pick(self, n: int) -> Entry | None:
+        everything = [*self.model.requests.values()]
+        return everything[n % len(everything)] if everything else None
+
+    def fence_of(self, r: Entry, back: int) -> int:
+        known = self.fences.get(r.id, [1])
+        return known[max(0, len(known) - 1 - back)]
+
+    def note_fence(self, id: str, fence: int) -> None:
+        assert all(fence > old for old in self.fences.get(id, []))
+        self.fences.setdefault(id, []).append(fence)
+
+    def record(self, worker: str, back: int) -> WorkerRecord | None:
+        known = self.records[worker]
+        return known[max(0, len(known) - 1 - back)] if known else None
+
+    # Time and faults of the network
+
+    @rule(seconds=st.sampled_from([0.001, 0.5, 2, 6, 21]))
+    def time_passes(self, seconds: float) -> None:
+        self.model.now += int(seconds * SECOND)
+
+    @rule(on=st.booleans())
+    def replies_get_lost(self, on: bool) -> None:
+        for scripts in self.scripts:
+            scripts.repeat = on
+
+    @rule()
+    def scripts_are_flushed(self) -> None:
+        self.runner.run(self.raw.script_flush())
+
+    # Gateways
+
+    @rule(gateway=gateways)
+    def heartbeat(self, gateway: str) -> None:
+        known = self.model.heartbeat(gateway)
+        assert self.runner.run(self.gateways[gateway].heartbeat()) == known
+
+    @rule(
+        gateway=gateways,
+        tenant=st.sampled_from("ab"),
+        prompt=st.sampled_from([1, 60, 90, 91, 300, 390, 391, 700]),
+        cached=st.sampled_from([0, 0, 1, 59]),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
+        ttl=st.sampled_from([None, None, 3.0]),
+        reuse=st.booleans(),
+    )
+    def submit(
+        self,
+        gateway: str,
+        tenant: str,
+        prompt: int,
+        cached: int,
+        priority: int,
+        ttl: float | None,
+        reuse: bool,
+    ) -> None:
+        model = self.model
+        count = len(model.requests)
+        id = f"r{count - 1 if reuse and count else count}"
+        cached = min(cached, prompt - 1)
+        submission = Submission(id, tenant, prompt, 100, cached, priority, ttl)
+        deadline = None if ttl is None else model.now + int(ttl * SECOND)
+        new = Entry(id, gateway, tenant, priority, prompt, cached, deadline, model.now, 0)
+        call = self.gateways[gateway].submit(submission)
+        if id in model.requests:
+            with pytest.raises(AlreadyExists):
+                self.runner.run(call)
+        elif subject := model.refusal(tenant, prompt):
+            with pytest.raises(Overloaded) as caught:
+                self.runner.run(call)
+            assert caught.value.subject == subject
+            if gateway not in model.gateways:
+                model.heartbeat(gateway)
+                model.lost.add(gateway)
+        else:
+            assert self.runner.run(call) == model.submit(gateway, new)
+
+    @rule(
+        gateway=gateways,
+        worker=workers,
+        back=st.sampled_from([0, 0, 0, 1]),
+        limit=st.integers(1, 4),
+    )
+    def claim(self, gateway: str, worker: str, back: int, limit: int) -> None:
+        if (record := self.record(worker, back)) is None:
+            return
+        expected = self.model.claimable(gateway, worker, record.epoch, limit)
+        got = self.runner.run(self.gateways[gateway].claim(record, limit))
+        assert [(c.request_id, c.level, c.generated, c.claim.attempt) for c in got] == [
+            (r.id, r.level, r.generated, r.faults + 1) for r in expected
+        ]
+        state = "P" if record.role is Role.PREFILL else "D"
+        for claimed, r in zip(got, expected, strict=True):
+            self.note_fence(r.id, claimed.claim.fence)
+            self.model.give(
+                r, worker, record.epoch, claimed.claim.fence, state=state, tokens=r.need
+            )
+
+    @rule(n=picks, back=st.sampled_from([0, 0, 1]), worker_back=st.sampled_from([0, 0, 0, 1]))
+    def handoff(self, n: int, back: int, worker_back: int) -> None:
+        r, record = self.pick(n), self.record("d1", worker_back)
+        if r is None or record is None:
+            return
+        fence = self.fence_of(r, back)
+        target = self.model.workers.get("d1")
+        again = r.state == "D" and r.handed == fence and r.worker == "d1"
+        fresh = (
+            r.state == "P"
+            and r.fence == fence
+            and target is not None
+            and target.epoch == record.epoch
+        )
+        new = self.runner.run(self.gateways[r.gateway].handoff(r.id, Claim(fence), record))
+        assert (new is not None) == (again or fresh)
+        if again:
+            assert new is not None and new.fence == r.fence
+        elif new is not None:
+            self.note_fence(r.id, new.fence)
+            self.model.give(r, "d1", record.epoch, new.fence, state="D", tokens=0)
+            r.handed = fence
+
+    @rule(n=picks, back=st.sampled_from([0, 0, 1]), tokens=generated, fault=st.booleans())
+    def give_back(self, n: int, back: int, tokens: int, fault: bool) -> None:
+        if (r := self.pick(n)) is None:
+            return
+        fence = self.fence_of(r, back)
+        call = self.gateways[r.gateway].give_back(r.id, Claim(fence), tokens, fault=fault)
+        given_back_before = fence in self.given_back.get(r.id, []) and r.live
+        if r.claimed and r.fence == fence:
+            self.given_back[r.id] = [fence]
+            r.generated = max(tokens, r.generated)
+            self.model.requeue(r, fault=fault)
+            assert self.runner.run(call) == (r.state == "Q")
+        else:
+            assert self.runner.run(call) == given_back_before
+
+    @property
+    def given_back(self) -> dict[str, list[int]]:
+        return self.__dict__.setdefault("_given_back", {})
+
+    @rule(
+        n=picks,
+        back=st.sampled_from([None, 0, 0, 1]),
+        outcome=st.sampled_from(Outcome),
+        tokens=generated,
+    )
+    def finish(self, n: int, back: int | None, outcome: Outcome, tokens: int) -> None:
+        if (r := self.pick(n)) is None:
+            return
+        claim = None if back is None else Claim(self.fence_of(r, back))
+        expected = r.live and (claim is None or (r.claimed and r.fence == claim.fence))
+        call = self.gateways[r.gateway].finish(r.id, outcome, tokens, claim)
+        assert self.runner.run(call) == expected
+        if expected:
+            self.model.end(r, outcome.value, tokens)
+
+    @rule(gateway=gateways)
+    def promote(self, gateway: str) -> None:
+        expected = self.model.promote()
+        assert self.runner.run(self.gateways[gateway].promote()) == expected
+
+    @rule(gateway=gateways)
+    def reap(self, gateway: str) -> None:
+        expected = self.model.reap(gateway)
+        got = self.runner.run(self.gateways[gateway].reap())
+        news = {("Q", id) for id in got.requeued} | {("E", id) for id in got.failed}
+        assert (set(got.workers), news, set(got.timed_out)) == expected
+
+    @rule(gateway=gateways)
+    def reconcile_changes_nothing(self, gateway: str) -> None:
+        live = [
+            Live(Submission(r.id, r.tenant, 7, 7), 1, 3, None, None)
+            for r in self.model.requests.values()
+            if r.live and r.gateway == gateway
+        ]
+        assert self.runner.run(self.gateways[gateway].reconcile(live)) == 0
+
+    # Workers
+
+    @rule(worker=workers)
+    def register(self, worker: str) -> None:
+        for r in self.model.held(worker):
+            self.model.requeue_and_tell(r, fault=True)
+        epoch = self.runner.run(self.workers[worker].register())
+        assert epoch not in self.epochs
+        self.epochs.add(epoch)
+        expires = self.model.now + int(WORKER_TTL * SECOND)
+        self.model.workers[worker] = Worker(epoch, ROLES[worker].value, CAPACITY, expires)
+        alive = self.runner.run(self.gateways["g1"].workers())
+        self.records[worker] += [record for record in alive if record.id == worker]
+
+    @rule(
+        worker=workers,
+        rows=st.lists(
+            st.tuples(
+                picks, st.sampled_from([0, 0, 1]), generated, st.sampled_from([0.0, 0.04, 0.3])
+            ),
+            max_size=4,
+        ),
+    )
+    def report(self, worker: str, rows: list[tuple[int, int, int, float]]) -> None:
+        chosen = [(r, row) for row in rows if (r := self.pick(row[0])) is not None]
+        twice = self.workers[worker]._scripts.repeat  # type: ignore[attr-defined]
+        if twice:  # an entry listed twice would be judged in between
+            chosen = list({r.id: (r, row) for r, row in chosen}.values())
+        progress = [Progress(r.id, self.fence_of(r, row[1]), row[2], row[3]) for r, row in chosen]
+        got = self.runner.run(self.workers[worker].report(progress, Load(1, 2, 3, 4)))
+        w = self.model.workers.get(worker)
+        if w is None or w.epoch != self.workers[worker]._epoch:
+            assert got is None
+            return
+        w.expires = self.model.now + int(WORKER_TTL * SECOND)
+        assert got is not None
+        for (r, _), entry, reply in zip(chosen, progress, got, strict=True):
+            verdict = self.model.reported(worker, r, entry.fence, entry.generated, entry.served)
+            assert (reply.verdict.value, reply.level) == (verdict, r.level)
+
+    @rule(worker=workers)
+    def drain(self, worker: str) -> None:
+        self.runner.run(self.workers[worker].drain())
+        if worker in self.model.workers:
+            self.model.workers[worker].draining = True
+
+    @rule(worker=workers)
+    def deregister(self, worker: str) -> None:
+        self.runner.run(self.workers[worker].deregister())
+        if self.model.workers.pop(worker, None):
+            for r in self.model.held(worker):
+                self.model.requeue_and_tell(r, fault=False)
+
+    # What holds after every step
+
+    @invariant()
+    def records_agree(self) -> None:
+        pipeline = self.raw.pipeline(transaction=False)
+        for r in self.model.requests.values():
+            pipeline.hgetall(keys.key(self.pool, "request", r.id))
+        records = self.runner.run(pipeline.execute())
+        for r, stored in zip(self.model.requests.values(), records, strict=True):
+            assert stored["state"] == r.state
+            assert int(stored["level"]) == r.level
+            assert float(stored["spent"]) == r.spent
+            assert int(stored["generated"]) == r.generated
+            assert int(stored["faults"]) == r.faults
+
+    @invariant()
+    def depth_agrees(self) -> None:
+        if not self.model.gateways:
+            return
+        waiting = self.model.waiting()
+        for depth in self.runner.run(self.gateways["g1"].depth()):
+            here = [r for r in waiting if r.level == depth.level]
+            oldest = max((self.model.now - r.queued_at for r in here), default=0)
+            assert depth.requests == len(here)
+            assert depth.tokens == sum(r.prompt for r in here)
+            assert depth.oldest == pytest.approx(oldest / SECOND)
+
+    @invariant()
+    def workers_never_hold_more_than_they_can_take(self) -> None:
+        for id in self.model.workers:
+            stored = self.runner.run(self.raw.hget(keys.key(self.pool, "worker", id), "tokens"))
+            assert int(stored) == self.model.in_flight(id)
+            charged = [r for r in self.model.held(id) if r.tokens]
+            assert int(stored) <= CAPACITY or len(charged) == 1
+
+    def teardown(self) -> None:
+        try:
+            self.runner.run(self.everything_ends())
+        finally:
+            self.runner.run(self.close())
+            self.runner.close()
+
+    async def everything_ends(self) -> None:
+        """Nothing is left but the pool's few fixed keys, and what expires by itself."""
+        for r in self.model.requests.values():
+            await self.gateways[r.gateway].finish(r.id, Outcome.CANCELLED, 0)
+        self.model.now += 10 * SECOND
+        for gateway in (*self.gateways.values(), *self.gateways.values()):
+            await gateway.heartbeat()
+            await gateway.reap()
+        left = []
+        async for name in self.raw.scan_iter(f"{keys.prefix(self.pool)}*"):
+            if await self.raw.ttl(name) < 0:
+                left.append(name.removeprefix(keys.prefix(self.pool)))
+        assert set(left) <= {"config", "fence", "counts", "gateways"}
+        assert set(await self.raw.hvals(keys.key(self.pool, "counts"))) <= {"0"}
+
+    async def close(self) -> None:
+        for queue in (*self.gateways.values(), *self.workers.values()):
+            await queue.close()
+        await self.raw.aclose()
+        await self.raw.connection_pool.disconnect()
+
+
+@pytest.mark.parametrize(
+    "binary", find_servers(), ids=lambda binary: f"{binary.parts[-4]}-{binary.name}"
+)
+def test_any_history_agrees_with_the_model(binary: Path) -> None:
+    server = asyncio.run(EmbeddedRedis.start(binary))
+    try:
+        machine = type("Machine", (QueueMachine,), {"url": server.url})
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=60,
+                stateful_step_count=40,
+                deadline=None,
+                phases=[Phase.generate],  # shrinking would outlast the time limit
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        asyncio.run(server.stop())
