@@ -1,0 +1,235 @@
+"""One attempt to serve a request on one pair of workers, from claim to last token or failure.
+
+    StartRequest ──▶ Reserved ──▶ Prefill ──▶ leased: AttachKv ──▶ prefilled: first token to the
+    client ──▶ queue.handoff ──▶ Activate ──▶ tokens until the session is done
+
+With local prefill everything after Reserved is the decode worker's. Whatever ends the attempt,
+the slot is freed and the Prefill call cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+from google.rpc import code_pb2
+
+from baton import wire
+from baton.errors import InvalidRequest, QueueError, Unavailable
+from baton.internal.v1.worker_pb2 import (
+    Activate,
+    AttachKv,
+    DecodeRequest,
+    KvRef,
+    Prefilled,
+    PrefillRequest,
+    SlotEvent,
+    SlotFailed,
+    StartRequest,
+    StepOutput,
+)
+from baton.types import Claim
+from gateway.decode_link import DecodeLink
+from gateway.fleet import PrefillPeer
+from gateway.outcome import ClaimLost, WorkerBusy, WorkerFailed
+from gateway.session import Session, State
+from queueing.contract import GatewayQueue
+
+log = logging.getLogger(__name__)
+
+REST_SECONDS = 0.05  # how long a worker that had no room is left alone
+HANDOFF_TRIES = 3
+HANDOFF_PAUSE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Who serves: without `prefill`, the decode worker prefills by itself."""
+
+    decode: DecodeLink
+    prefill: PrefillPeer | None
+
+
+class Attempt:
+    """Listens to its slot. Raises WorkerBusy, WorkerFailed, ClaimLost or a BatonError for the
+    client; returns when the session is done."""
+
+    def __init__(
+        self, session: Session, claim: Claim, workers: Workers, queue: GatewayQueue
+    ) -> None:
+        self._session = session
+        self._claim = claim
+        self._workers = workers
+        self._queue = queue
+        self._slot = 0
+        self._local = workers.prefill is None
+        self._reserved = asyncio.Event()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Serve the request."""
+        self._session.move(State.RESERVING)
+        self._slot = self._workers.decode.open(self)
+        work = asyncio.create_task(self._work(), name=f"attempt {self._session.id}")
+        try:
+            await asyncio.wait({work, self._failure}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._session.over:
+                await (self._failure if self._failure.done() else work)
+        finally:
+            self._workers.decode.close(self._slot)
+            work.cancel()
+            self._failure.cancel()
+            await asyncio.gather(work, self._failure, return_exceptions=True)
+
+    async def _work(self) -> None:
+        prefill = self._workers.prefill
+        if prefill is not None and self._session.outputs[0].ending is not None:
+            # A prefill worker goes on with sequence 0, and that one has ended.
+            await self._handoff()
+            self._local, prefill = True, None
+        self._start()
+        await self._reserved.wait()
+        if self._session.over:
+            return
+        self._session.move(State.PREFILLING)
+        if prefill is not None:
+            with prefill.busy():
+                prefilled = await self._prefill(prefill)
+            self._take_first(prefilled)
+            if self._session.over:
+                return
+            self._session.move(State.HANDING_OFF)
+            await self._handoff()
+            self._activate(prefilled)
+            self._session.move(State.DECODING)
+        await self._session.done.wait()
+
+    def _start(self) -> None:
+        start = StartRequest(
+            slot=self._slot,
+            request=wire.request_to_proto(self._session.engine_request()),
+            claim=wire.claim_to_proto(self._claim),
+            local_prefill=self._local,
+        )
+        self._workers.decode.send(DecodeRequest(start=start))
+
+    async def _prefill(self, peer: PrefillPeer) -> Prefilled:
+        """Drive the Prefill call; the decode worker pulls while it goes on."""
+        session = self._session
+        request = PrefillRequest(
+            request=wire.request_to_proto(session.engine_request()),
+            claim=wire.claim_to_proto(self._claim),
+        )
+        asked_at = time.monotonic()
+        deadline = session.job.request.deadline
+        timeout = None if deadline is None else max(0.0, deadline - asked_at)
+        call = peer.stub.Prefill(request, timeout=timeout)
+        try:
+            async for response in call:
+                match response.WhichOneof("event"):
+                    case "leased":
+                        self._attach(response.leased)
+                    case "prefilled":
+                        prefilled = response.prefilled
+                        session.stages.queue = (
+                            asked_at
+                            - session.job.request.arrived_at
+                            + wire.seconds(prefilled.queued)
+                        )
+                        session.stages.prefill = wire.seconds(prefilled.computed)
+                        return prefilled
+        except grpc.aio.AioRpcError as error:
+            self._refused_by(peer, error)
+        finally:
+            call.cancel()  # no effect on a call that has ended
+        raise WorkerFailed(f"prefill worker {peer.record.id} ended without a token")
+
+    def _refused_by(self, peer: PrefillPeer, error: grpc.aio.AioRpcError) -> None:
+        match error.code():
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                peer.resting_until = time.monotonic() + REST_SECONDS
+                raise WorkerBusy(f"prefill worker {peer.record.id} has no room") from error
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                raise InvalidRequest.of("", error.details() or "refused by the worker") from error
+            case code:
+                raise WorkerFailed(f"prefill worker {peer.record.id}: {code.name}") from error
+
+    def _attach(self, kv: KvRef) -> None:
+        self._workers.decode.send(DecodeRequest(attach=AttachKv(slot=self._slot, kv=kv)))
+
+    def _take_first(self, prefilled: Prefilled) -> None:
+        if prefilled.prompt_logprobs:
+            self._session.accept_prompt_logprobs(prefilled.prompt_logprobs)
+        self._session.accept(wire.output_from_proto(prefilled.first, self._session.id))
+
+    async def _handoff(self) -> None:
+        """Record that the decode worker has it now. The KV waits meanwhile, under its lease."""
+        to = self._workers.decode.record
+        for tries_left in reversed(range(HANDOFF_TRIES)):
+            try:
+                claim = await self._queue.handoff(self._session.id, self._claim, to)
+            except QueueError as error:
+                if not tries_left:
+                    raise Unavailable("the queue could not record the hand-off") from error
+                await asyncio.sleep(HANDOFF_PAUSE)
+            else:
+                if claim is None:
+                    raise ClaimLost("the claim was stale at hand-off")
+                self._claim = self._session.claim = claim
+                self._session.worker_id = to.id
+                return
+
+    def _activate(self, prefilled: Prefilled) -> None:
+        activate = Activate(
+            slot=self._slot,
+            claim=wire.claim_to_proto(self._claim),
+            first_token_id=prefilled.first.token_ids[-1],
+        )
+        self._workers.decode.send(DecodeRequest(activate=activate))
+
+    # What the slot tells.
+
+    def on_output(self, output: StepOutput) -> None:
+        """New tokens."""
+        if self._local and self._session.state is State.PREFILLING:
+            self._session.move(State.DECODING)
+        self._session.accept(wire.output_from_proto(output, self._session.id))
+
+    def on_event(self, event: SlotEvent) -> None:
+        """News between tokens."""
+        stages = self._session.stages
+        match event.WhichOneof("event"):
+            case "reserved":
+                self._reserved.set()
+            case "failed":
+                self._fail(self._slot_error(event.failed))
+            case "kv_arrived":
+                stages.kv_transfer = wire.seconds(event.kv_arrived.duration)
+            case "prompt_logprobs":
+                self._session.accept_prompt_logprobs(event.prompt_logprobs.logprobs)
+            case "local_prefill":
+                stages.queue += wire.seconds(event.local_prefill.queued)
+                stages.prefill = wire.seconds(event.local_prefill.computed)
+
+    def on_lost(self, reason: str) -> None:
+        """The stream broke."""
+        self._fail(WorkerFailed(f"decode worker {self._workers.decode.record.id}: {reason}"))
+
+    def _slot_error(self, failed: SlotFailed) -> Exception:
+        link = self._workers.decode
+        match failed.code:
+            case code_pb2.RESOURCE_EXHAUSTED:
+                link.resting_until = time.monotonic() + REST_SECONDS
+                return WorkerBusy(f"decode worker {link.record.id}: {failed.message}")
+            case code_pb2.INVALID_ARGUMENT:
+                return InvalidRequest.of("", failed.message)
+            case _:
+                return WorkerFailed(f"decode worker {link.record.id}: {failed.message}")
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failure.done():
+            self._failure.set_exception(error)

@@ -1,0 +1,104 @@
+"""The gateway without its API: sessions, dispatcher, fleet and housekeeping, wired together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from baton.config import GatewayConfig
+from baton.errors import QueueError
+from baton.process import Background
+from gateway.dispatch import Dispatcher
+from gateway.fleet import Fleet
+from gateway.housekeeping import Housekeeping
+from gateway.metrics import GatewayMetrics
+from gateway.model_files import ModelFacts
+from gateway.session import Session
+from gateway.sessions import Sessions
+from gateway.tokenizer import Tokenizer
+from queueing.contract import GatewayQueue
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+
+
+class Gateway:
+    """Everything between the API and the workers."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        gateway_id: str,
+        queue: GatewayQueue,
+        facts: ModelFacts,
+        tokenizer: Tokenizer,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self.config = config
+        self.queue = queue
+        self.facts = facts
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self._dispatcher = Dispatcher(queue, config.max_attempts)
+        self.fleet = Fleet(queue, gateway_id, self._dispatcher.wake)
+        self.sessions = Sessions(
+            queue,
+            tokenizer,
+            facts.name,
+            on_waiting=self._dispatcher.wake,
+            on_done=self._session_done,
+        )
+        self._dispatcher.bind(self.sessions, self.fleet)
+        self._housekeeping = Housekeeping(queue, self.sessions, self._dispatcher)
+        self._background = Background()
+        self._ended_tokens = 0
+
+    def max_context(self) -> int:
+        """Longest prompt plus output that the model and every live worker take."""
+        return self.fleet.max_context(self.facts.max_context)
+
+    def generated_tokens(self) -> int:
+        """Output tokens of all requests since the start."""
+        return self._ended_tokens + sum(session.generated for session in self.sessions)
+
+    async def start(self) -> None:
+        """Announce this gateway and begin to dispatch. Raises QueueError when Redis is away."""
+        await self.queue.heartbeat()
+        await self.fleet.refresh()
+        self._background.start(self.fleet.run(POLL_SECONDS), "fleet")
+        self._background.start(self._dispatcher.run(), "dispatch")
+        self._background.start(self._housekeeping.run(), "housekeeping")
+        self._background.start(self._watch_depth(), "queue depth")
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests; let those that run finish, abort them when the time is up."""
+        self.sessions.accepting = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.sessions.wait_idle()
+        if len(self.sessions):
+            log.warning("%d requests are aborted", len(self.sessions))
+        await self.sessions.close()
+
+    async def close(self) -> None:
+        """Stop everything."""
+        await self.sessions.close()
+        await self._background.stop()
+        await self._dispatcher.close()
+        await self.fleet.close()
+
+    def _session_done(self, session: Session) -> None:
+        self._dispatcher.stop(session)
+        self._ended_tokens += session.generated
+        self.metrics.session_done(session, time.monotonic())
+
+    async def _watch_depth(self) -> None:
+        while True:
+            try:
+                self.metrics.depth(await self.queue.depth())
+            except QueueError as error:
+                log.debug("the queue's depth is not known: %s", error)
+            await asyncio.sleep(1.0)

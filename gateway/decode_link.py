@@ -1,0 +1,165 @@
+"""The one long-lived stream between this gateway and a decode worker."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from baton import rpc, wire
+from baton.internal.v1.worker_pb2 import (
+    AbortSlots,
+    DecodeRequest,
+    DecodeResponse,
+    Hello,
+    SlotEvent,
+    StepOutput,
+)
+from baton.internal.v1.worker_pb2_grpc import DecodeServiceStub
+from baton.types import Load
+from gateway.outcome import WorkerFailed
+from queueing.contract import WorkerRecord
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 0.1
+MAX_RECONNECT_SECONDS = 2.0
+
+
+class SlotListener(Protocol):
+    """Whoever opened a slot. Called by the stream's reader: must not block or raise."""
+
+    def on_output(self, output: StepOutput) -> None:
+        """New tokens."""
+        ...
+
+    def on_event(self, event: SlotEvent) -> None:
+        """News between tokens."""
+        ...
+
+    def on_lost(self, reason: str) -> None:
+        """The stream broke: the worker has dropped the slot."""
+        ...
+
+
+class DecodeLink:
+    """Slots on a decode worker. Reconnects for as long as `run` runs; a break loses all slots."""
+
+    def __init__(
+        self, record: WorkerRecord, gateway_id: str, on_change: Callable[[], None]
+    ) -> None:
+        """`on_change` is called when the worker may have room that it had not before."""
+        self.record = record
+        self.load: Load | None = record.load
+        self.connected = False
+        self.resting_until = 0.0  # it had no room: leave it alone until then
+        self.missing_since: float | None = None  # not in the registry
+        self.heard_at = 0.0
+        self._gateway_id = gateway_id
+        self._on_change = on_change
+        self._listeners: dict[int, SlotListener] = {}
+        self._numbers = itertools.count(1)
+        self._commands: asyncio.Queue[DecodeRequest] = asyncio.Queue()
+
+    @property
+    def slots(self) -> int:
+        """Requests of this gateway on the worker."""
+        return len(self._listeners)
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that were free at the last word from the worker."""
+        return self.record.capacity_blocks if self.load is None else self.load.free_blocks
+
+    def accepts(self, now: float) -> bool:
+        """It may be given new work."""
+        draining = self.record.draining or (self.load is not None and self.load.draining)
+        listed = self.missing_since is None and not draining
+        return self.connected and listed and now >= self.resting_until
+
+    def open(self, listener: SlotListener) -> int:
+        """A new slot. Raises WorkerFailed when the stream is down."""
+        if not self.connected:
+            raise WorkerFailed(f"decode worker {self.record.id} is not connected")
+        slot = next(self._numbers)
+        self._listeners[slot] = listener
+        return slot
+
+    def send(self, command: DecodeRequest) -> None:
+        """Queue a command."""
+        self._commands.put_nowait(command)
+
+    def close(self, slot: int) -> None:
+        """Forget a slot and have the worker free it. Harmless when it is gone already."""
+        if self._listeners.pop(slot, None) is not None:
+            self.send(DecodeRequest(abort=AbortSlots(slots=[slot])))
+
+    async def run(self) -> None:
+        """Keep the stream up until cancelled."""
+        delay = RECONNECT_SECONDS
+        while True:
+            reason = "the worker ended the stream"
+            try:
+                await self._stream()
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except Exception as error:
+                log.exception("decode worker %s", self.record.id)
+                reason = str(error)
+            finally:
+                was_connected = self.connected
+                self._lose("the stream to the decode worker broke")
+            if was_connected:
+                log.warning("decode worker %s: %s", self.record.id, reason)
+                delay = RECONNECT_SECONDS
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RECONNECT_SECONDS)
+
+    async def _stream(self) -> None:
+        self._commands = asyncio.Queue()
+        async with rpc.channel(self.record.address) as channel:
+            call = DecodeServiceStub(channel).Decode()  # type: ignore[call-arg] # the stubs want one
+            writer = asyncio.create_task(self._write(call, self._commands))
+            try:
+                async for response in call:
+                    self._receive(response)
+            finally:
+                writer.cancel()
+                call.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(
+        self,
+        call: grpc.aio.StreamStreamCall[DecodeRequest, DecodeResponse],
+        commands: asyncio.Queue[DecodeRequest],
+    ) -> None:
+        await call.write(DecodeRequest(hello=Hello(gateway_id=self._gateway_id)))
+        while True:
+            await call.write(await commands.get())
+
+    def _receive(self, response: DecodeResponse) -> None:
+        self.heard_at = time.monotonic()
+        for event in response.events:
+            if listener := self._listeners.get(event.slot):
+                listener.on_event(event)
+        for output in response.outputs:
+            if listener := self._listeners.get(output.slot):
+                listener.on_output(output)
+        if response.HasField("load"):
+            self.load = wire.load_from_proto(response.load)
+        if not self.connected:
+            log.info("decode worker %s: connected", self.record.id)
+            self.connected = True
+            self._on_change()
+
+    def _lose(self, reason: str) -> None:
+        self.connected = False
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener.on_lost(reason)

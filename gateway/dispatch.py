@@ -1,0 +1,181 @@
+"""Gives waiting requests to workers, in the order that the queue decides.
+
+Wakes on submissions, on room and on a tick; asks the queue what a worker may have now, pairs it
+with a decode worker, and starts an attempt for each request. A failed attempt puts its request
+back into the queue, where it stands in its old place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from baton.errors import BatonError, QueueError, Unavailable
+from baton.types import Claim
+from gateway.attempt import Attempt, Workers
+from gateway.decode_link import DecodeLink
+from gateway.fleet import Fleet, PrefillPeer
+from gateway.outcome import ClaimLost, WorkerBusy, WorkerFailed
+from gateway.session import Session
+from gateway.sessions import Sessions
+from queueing.contract import Claimed, GatewayQueue, WorkerRecord
+
+log = logging.getLogger(__name__)
+
+CLAIM_LIMIT = 8  # requests claimed in one call
+TICK_SECONDS = 0.05  # while something waits
+IDLE_SECONDS = 1.0
+GIVE_BACK_TRIES = 5
+GIVE_BACK_PAUSE = 0.2
+
+
+class Dispatcher:
+    """Runs the attempts of this gateway's sessions."""
+
+    def __init__(self, queue: GatewayQueue, max_attempts: int) -> None:
+        """`bind` must follow: sessions and fleet wake the dispatcher, which works on both."""
+        self._queue = queue
+        self._sessions: Sessions
+        self._fleet: Fleet
+        self._max_attempts = max_attempts
+        self._woken = asyncio.Event()
+        self._attempts: dict[str, asyncio.Task[None]] = {}
+
+    def bind(self, sessions: Sessions, fleet: Fleet) -> None:
+        """Say whose requests go where."""
+        self._sessions, self._fleet = sessions, fleet
+
+    def wake(self) -> None:
+        """Something waits, or there may be room."""
+        self._woken.set()
+
+    def stop(self, session: Session) -> None:
+        """The session is over: free what its attempt holds."""
+        if (attempt := self._attempts.get(session.id)) is not None:
+            attempt.cancel()
+
+    async def run(self) -> None:
+        """Dispatch until cancelled."""
+        while True:
+            tick = TICK_SECONDS if self._sessions.waiting else IDLE_SECONDS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(tick):
+                    await self._woken.wait()
+            self._woken.clear()
+            try:
+                await self._round()
+            except QueueError as error:
+                log.warning("nothing can be claimed: %s", error)
+                await asyncio.sleep(TICK_SECONDS)
+
+    async def close(self) -> None:
+        """End every attempt."""
+        attempts = list(self._attempts.values())
+        for attempt in attempts:
+            attempt.cancel()
+        await asyncio.gather(*attempts, return_exceptions=True)
+
+    async def _round(self) -> None:
+        """Offer each worker that has room what waits for it."""
+        if not self._sessions.waiting:
+            return
+        now = time.monotonic()
+        links = [link for link in self._fleet.decode.values() if link.accepts(now)]
+        helpers = [
+            peer
+            for peer in self._fleet.prefill.values()
+            if peer.missing_since is None and not peer.record.draining
+        ]
+        paired = False
+        for peer in sorted(helpers, key=lambda peer: peer.outstanding):
+            matching = [link for link in links if _pair(peer.record, link.record)]
+            paired = paired or bool(matching)
+            if matching and peer.accepts(now):
+                await self._offer(peer.record, matching, peer)
+        if not paired:  # nobody prefills for these: they do it themselves
+            for link in sorted(links, key=lambda link: link.slots):
+                await self._offer(link.record, [link], None)
+
+    async def _offer(
+        self, worker: WorkerRecord, links: list[DecodeLink], peer: PrefillPeer | None
+    ) -> None:
+        while self._sessions.waiting:
+            claimed = await self._queue.claim(worker, CLAIM_LIMIT)
+            for one in claimed:
+                link = max(links, key=lambda link: (link.free_blocks, -link.slots))
+                await self._begin(one, worker, Workers(decode=link, prefill=peer))
+            if len(claimed) < CLAIM_LIMIT:
+                return
+
+    async def _begin(self, claimed: Claimed, worker: WorkerRecord, workers: Workers) -> None:
+        session = self._sessions.get(claimed.request_id)
+        if session is None:
+            self._sessions.disown(claimed.request_id)  # cancelled while the queue gave it away
+            return
+        await self._end_attempt(session)  # the queue took it from a worker that it believes dead
+        self._sessions.claimed(session, claimed, worker.id)
+        if not session.over:
+            task = asyncio.create_task(self._serve(session, claimed.claim, workers))
+            self._attempts[session.id] = task
+
+    async def take_back(self, session: Session) -> None:
+        """The queue took the request from its worker: end that attempt, let it wait again."""
+        await self._end_attempt(session)
+        await self._requeue(session, fault=False)
+
+    async def _end_attempt(self, session: Session) -> None:
+        if (attempt := self._attempts.get(session.id)) is not None:
+            attempt.cancel()
+            await asyncio.gather(attempt, return_exceptions=True)
+
+    async def _serve(self, session: Session, claim: Claim, workers: Workers) -> None:
+        """Run an attempt and settle what came of it."""
+        if not session.generated:
+            session.stages.queue = time.monotonic() - session.job.request.arrived_at
+        me = asyncio.current_task()
+        try:
+            await Attempt(session, claim, workers, self._queue).run()
+        except WorkerBusy as error:
+            log.debug("request %s: %s", session.id, error)
+            await self._requeue(session, fault=False)
+        except WorkerFailed as error:
+            log.warning("request %s, attempt %d: %s", session.id, claim.attempt, error)
+            await self._requeue(session, fault=True)
+        except ClaimLost as error:
+            log.warning("request %s: %s", session.id, error)
+            self._sessions.requeued(session, fault=True)
+        except BatonError as error:
+            session.fail(error)
+        except Exception as error:
+            log.exception("request %s failed", session.id)
+            session.fail(error)
+        finally:
+            if self._attempts.get(session.id) is me:
+                del self._attempts[session.id]
+            self.wake()
+
+    async def _requeue(self, session: Session, *, fault: bool) -> None:
+        """Back into the queue with what it has; the end after too many attempts."""
+        claim = session.claim
+        if session.over or claim is None:
+            return
+        if fault and claim.attempt >= self._max_attempts:
+            session.fail(Unavailable(f"{claim.attempt} workers failed to serve the request"))
+            return
+        for _ in range(GIVE_BACK_TRIES):
+            try:
+                await self._queue.give_back(session.id, claim, session.generated, fault=fault)
+            except QueueError:
+                await asyncio.sleep(GIVE_BACK_PAUSE)
+            else:
+                # Also when the claim was stale: then the queue has put it back by itself.
+                self._sessions.requeued(session, fault=fault)
+                return
+        session.fail(Unavailable("the worker failed and the queue cannot be reached"))
+
+
+def _pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
+    """KV of one can be read by the other."""
+    return (prefill.layout_digest, prefill.model) == (decode.layout_digest, decode.model)
