@@ -47,10 +47,9 @@ def load_executor(
     limits = Threads(threads)
     limits.apply()
     config = read_config(path)
-    with torch.inference_mode():
-        attention = select_attention(attention_backend, device)
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
-        model, chosen = build_model(config, wanted, device, attention)
+    attention = select_attention(attention_backend, device)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    model, chosen = build_model(config, wanted, device, attention)
     geometry = KvGeometry(
         model_fingerprint=fingerprint(path),
         layers=model.layers,
