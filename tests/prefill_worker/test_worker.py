@@ -1,0 +1,154 @@
+"""Prompts in, leases and first tokens out; nothing stays behind, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from baton.errors import EngineFailed, InvalidRequest, Overloaded, Unavailable
+from baton.types import Claim, FinishReason, KvRef, Request, Sampling, Stopping
+from engine.metrics import EngineMetrics
+from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
+from kv_transfer.contract import KvLayout
+from kv_transfer.producer import LeaseProducer
+from prefill_worker.worker import PrefillWorker
+from queueing.contract import Verdict
+from scheduling.cost import LinearCost
+from scheduling.events import Prefilled
+from scheduling.order import make_policy
+from scheduling.plan import Capacity, StepPlan, StepResult
+from scheduling.prefill import PrefillScheduler
+
+CAPACITY = Capacity(blocks=32, block_size=4, max_tokens=16, max_sequences=8, max_context=128)
+LAYOUT = KvLayout("model", 1, 1, 1, "int32", CAPACITY.block_size, 2)
+TOKEN_OF = checksum_token(100)
+POISON = 666
+
+
+class Executor(CostModelExecutor):
+    """Breaks on a pass with the poisonous token in it."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if any(POISON in chunk.sequence.tokens for chunk in plan.chunks):
+            raise RuntimeError("boom")
+        return super().execute(plan)
+
+
+class Rig:
+    """A worker with its producer."""
+
+    def __init__(self, leasable: int | None = None) -> None:
+        self.executor = Executor(CAPACITY, LinearCost(0.001, 0, 0), TOKEN_OF)
+        self.scheduler = PrefillScheduler(CAPACITY, make_policy("fcfs"), max_waiting=4)
+        self.producer = LeaseProducer(
+            self.executor.store,
+            LAYOUT,
+            control_address="here",
+            on_freed=lambda lease: self.worker.on_freed(lease),
+            max_leased_blocks=leasable,
+        )
+        metrics = EngineMetrics("prefill", CollectorRegistry())
+        self.worker = PrefillWorker(self.executor, self.scheduler, self.producer, metrics)
+
+    async def __aenter__(self) -> Rig:
+        await self.producer.start()
+        self.worker.engine.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.worker.stop()
+        await self.producer.close()
+        await self.all_free()
+        self.scheduler.check_integrity()
+
+    async def all_free(self) -> None:
+        async with asyncio.timeout(5):
+            while self.scheduler.load().free_blocks < CAPACITY.blocks:
+                await asyncio.sleep(0.005)
+
+    async def run(self, one: Request) -> tuple[KvRef, Prefilled]:
+        ref, done = [news async for news in self.worker.prefill(one, Claim(1))]
+        assert isinstance(ref, KvRef)
+        assert isinstance(done, Prefilled)
+        return ref, done
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with Rig() as running:
+        yield running
+
+
+def request(prompt: int, new: int = 5) -> Request:
+    return Request("r", tuple(range(prompt)), Sampling(), Stopping(max_tokens=new))
+
+
+async def test_a_prefill_gives_a_lease_and_the_first_token(rig: Rig) -> None:
+    one = request(21)
+    ref, done = await rig.run(one)
+    assert (ref.tokens, ref.blocks) == (21, 6)
+    assert list(done.output.token_ids) == expected_tokens(one, 0, TOKEN_OF)[:1]
+    assert rig.producer.leased_blocks == 6
+    assert rig.producer.release(ref.lease_id, committed=True)
+    await rig.all_free()
+
+
+async def test_a_token_that_ends_the_request_leaves_no_lease(rig: Rig) -> None:
+    _, done = await rig.run(request(21, new=1))
+    assert done.output.finish is not None
+    assert done.output.finish.reason is FinishReason.LENGTH
+    await rig.all_free()
+
+
+async def test_closing_the_call_stops_the_work(rig: Rig) -> None:
+    async with aclosing(rig.worker.prefill(request(100), Claim(1))) as news:
+        assert isinstance(await anext(news), KvRef)
+    assert rig.worker.progress() == []
+    await rig.all_free()
+
+
+async def test_what_cannot_fit_is_refused_at_the_door(rig: Rig) -> None:
+    with pytest.raises(InvalidRequest, match="context"):
+        await rig.run(request(126))
+    assert rig.worker.idle
+
+
+async def test_a_broken_pass_ends_its_requests_and_no_others(rig: Rig) -> None:
+    bad = replace(request(3), prompt_ids=(POISON, 1))
+    with pytest.raises(EngineFailed):
+        await rig.run(bad)
+    ref, _ = await rig.run(request(3))
+    rig.producer.revoke(ref.lease_id)
+
+
+async def test_too_many_leased_blocks_is_overload_not_failure() -> None:
+    async with Rig(leasable=6) as rig:
+        ref, _ = await rig.run(request(21))
+        with pytest.raises(Overloaded):
+            await rig.run(request(9))
+        rig.producer.revoke(ref.lease_id)
+        await rig.all_free()
+        ref, _ = await rig.run(request(9))
+        rig.producer.revoke(ref.lease_id)
+
+
+async def test_a_stale_claim_ends_the_prefill(rig: Rig) -> None:
+    call = rig.worker.prefill(request(100), Claim(7))
+    assert isinstance(await anext(call), KvRef)
+    (entry,) = rig.worker.progress()
+    assert (entry.request_id, entry.fence, entry.generated) == ("r", 7, 0)
+    rig.worker.drop(entry, Verdict.STALE)
+    with pytest.raises(Unavailable, match="stale"):
+        await anext(call)
+
+
+async def test_a_draining_worker_takes_nothing_new(rig: Rig) -> None:
+    rig.worker.draining = True
+    assert rig.worker.load().draining
+    with pytest.raises(Unavailable):
+        await rig.run(request(3))
