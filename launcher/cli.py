@@ -15,7 +15,7 @@ import rich_click as click
 
 from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from baton.errors import BatonError, ConfigError, ModelError
-from launcher.options import config_options, read_config
+from launcher.options import config_options, read_config, with_model
 
 _PROCESSES = ["gateway", "prefill", "decode"]
 click.rich_click.MAX_WIDTH = 110
@@ -23,7 +23,7 @@ click.rich_click.COMMAND_GROUPS = {
     "baton": [
         {"name": "Use", "commands": ["demo", "serve", "generate"]},
         {"name": "One process each, as a cluster runs them", "commands": _PROCESSES},
-        {"name": "Other", "commands": ["bench", "version"]},
+        {"name": "Other", "commands": ["health", "bench", "version"]},
     ]
 }
 
@@ -49,7 +49,7 @@ def serve(**options: Any) -> None:
     standard error. Ctrl-C or SIGTERM stops everything; the second one does so at once.
     Settings of workers that are no flag here are read from BATON_*.
     """
-    config = read_config(ServeConfig, options)
+    config = with_model(read_config(ServeConfig, options))
     import uvloop
 
     from launcher.serve import run
@@ -61,7 +61,7 @@ def serve(**options: Any) -> None:
 @config_options(GatewayConfig)
 def gateway(**options: Any) -> None:
     """Run one gateway: the public API."""
-    config = read_config(GatewayConfig, options)
+    config = with_model(read_config(GatewayConfig, options))
     import uvloop
 
     from gateway import main as process
@@ -73,7 +73,7 @@ def gateway(**options: Any) -> None:
 @config_options(PrefillConfig)
 def prefill(**options: Any) -> None:
     """Run one prefill worker: prompts in, KV blocks out."""
-    config = read_config(PrefillConfig, options)
+    config = with_model(read_config(PrefillConfig, options))
     import uvloop
 
     from prefill_worker import main as process
@@ -85,7 +85,7 @@ def prefill(**options: Any) -> None:
 @config_options(DecodeConfig)
 def decode(**options: Any) -> None:
     """Run one decode worker: KV blocks in, tokens out."""
-    config = read_config(DecodeConfig, options)
+    config = with_model(read_config(DecodeConfig, options))
     import uvloop
 
     from decode_worker import main as process
@@ -130,7 +130,7 @@ def generate(text: str, **options: Any) -> None:
 @config_options(ServeConfig)
 def demo(**options: Any) -> None:
     """Start a local cluster, stream answers to several prompts at once, and stop it again."""
-    config = read_config(ServeConfig, options)
+    config = with_model(read_config(ServeConfig, options))
     import uvloop
 
     from launcher.demo import run
@@ -155,6 +155,19 @@ def bench_engine(arguments: tuple[str, ...]) -> None:
     if not script.exists():
         raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")
     sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
+
+
+@baton.command()
+@click.option("--address", default="127.0.0.1:50051", show_default=True, help="host:port to ask")
+@click.option("--service", default="", help="full name of a gRPC service; the process if empty")
+@click.option("--timeout", type=float, default=1.0, show_default=True, help="seconds to wait")
+def health(address: str, service: str, timeout: float) -> None:
+    """Wait until a gateway or worker says SERVING (grpc.health.v1); exit code 1 if it does not."""
+    import uvloop
+
+    from launcher.health import run
+
+    sys.exit(uvloop.run(run(address, service, timeout)))
 
 
 @baton.command()

@@ -10,11 +10,8 @@ import asyncio
 import os
 import socket
 import sys
+from collections import Counter
 from types import TracebackType
-
-import grpc
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton import rpc
 from baton.config import (
@@ -28,7 +25,9 @@ from baton.config import (
     redis_url_from_environment,
 )
 from baton.errors import BatonError
+from baton.v1 import model_pb2, model_pb2_grpc
 from launcher import cores
+from launcher.health import RETRY_SECONDS, until_serving
 from launcher.options import flag
 from launcher.supervisor import Command, LogSink, Supervisor
 from queueing.embedded import EmbeddedRedis
@@ -36,7 +35,6 @@ from queueing.embedded import EmbeddedRedis
 GATEWAY = "gateway"
 SECRETS = {"redis_url"}  # passed in the environment: everybody can read a command line
 STOP_MARGIN = 3.0  # seconds for a process to stop, beyond the time that requests get to finish
-RETRY_SECONDS = 0.1
 
 _KINDS: dict[str, type[ProcessConfig]] = {
     "gateway": GatewayConfig,
@@ -59,6 +57,7 @@ class LocalCluster:
         self._redis: EmbeddedRedis | None = None
         self._addresses: dict[str, str] = {}
         self._awaited: set[str] = set()
+        self.model = ""  # its served name
 
     @property
     def address(self) -> str:
@@ -73,10 +72,9 @@ class LocalCluster:
 
     def ready_line(self) -> str:
         """What `baton serve` prints once it is up."""
-        config = self._config
         return (
-            f"ready address={self.address} model={config.model or 'demo'} "
-            f"prefill={config.prefill_workers} decode={config.decode_workers}"
+            f"ready address={self.address} model={self.model} "
+            f"prefill={self._config.prefill_workers} decode={self._config.decode_workers}"
         )
 
     async def __aenter__(self) -> LocalCluster:
@@ -135,6 +133,9 @@ class LocalCluster:
         async with asyncio.TaskGroup() as group:
             for name in self._addresses:
                 group.create_task(self._wait_serving(name))
+        self._awaited = {"the gateway to find the workers"}
+        workers = {"prefill": self._config.prefill_workers, "decode": self._config.decode_workers}
+        self.model = await until_complete(self.address, workers)
 
     async def _wait_serving(self, name: str) -> None:
         await until_serving(self._addresses[name])
@@ -192,6 +193,7 @@ def _command(
 ) -> Command:
     argv = [sys.executable, "-m", "launcher", subcommand]
     env = {key: value for key, value in os.environ.items() if key != "BATON_CONFIG"}
+    env.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells of every connection that closes
     variables = environment_names(kind)
     for key, value in settings.items():
         if key in SECRETS:
@@ -210,15 +212,19 @@ def _next_port(address: str, step: int) -> str:
     return f"{host_of(address)}:{int(address.rpartition(':')[2]) + step}"
 
 
-async def until_serving(address: str) -> None:
-    """Wait until the health service of the process at `address` says SERVING."""
+async def until_complete(address: str, workers: dict[str, int]) -> str:
+    """Wait until the gateway at `address` knows that many workers of each role; returns the name of
+    the model it serves."""
     async with rpc.channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        admin = model_pb2_grpc.AdminServiceStub(channel)
+        models = model_pb2_grpc.ModelServiceStub(channel)
         while True:
-            try:
-                watch = stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
-                async for answer in watch:
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-            except grpc.aio.AioRpcError:
-                await asyncio.sleep(RETRY_SECONDS)
+            answer = await admin.GetStatus(model_pb2.GetStatusRequest())
+            roles = Counter(
+                model_pb2.WorkerRole.Name(worker.role).removeprefix("WORKER_ROLE_").lower()
+                for worker in answer.status.workers
+            )
+            if all(roles[role] >= count for role, count in workers.items()):
+                listed = await models.ListModels(model_pb2.ListModelsRequest())
+                return listed.models[0].name
+            await asyncio.sleep(RETRY_SECONDS)

@@ -43,11 +43,10 @@ async def _demo(config: ServeConfig, console: Console) -> int:
         asked = time.perf_counter()
         with screen_for(console, answers) as screen:
             await ask_all(cluster.address, answers, screen)
-        wall = time.perf_counter() - asked
-    console.print(summary(answers, wall))
+        console.print(summary(answers, wall=time.perf_counter() - asked))
     failed = [answer for answer in answers if answer.error]
     for answer in failed:
-        console.print(f"[red]{answer.question.text}: {answer.error}[/]")
+        console.print(f"{answer.question.text} {answer.error}", style="red", markup=False)
     console.print("[dim]all processes stopped[/]")
     return 1 if failed else 0
 

@@ -15,8 +15,6 @@ from grpc_status import rpc_status
 from baton.v1 import generation_pb2 as api
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 
-CHAT = "chat"  # the capability of models with a chat template, in ListModels
-
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -61,10 +59,16 @@ async def _stream(ask: Ask, channel: grpc.aio.Channel) -> None:
 
 
 async def _is_chat(ask: Ask, channel: grpc.aio.Channel) -> bool:
+    """Whether the model can render a chat: whether it has a chat template."""
     stub = model_pb2_grpc.ModelServiceStub(channel)
-    answer = await stub.ListModels(model_pb2.ListModelsRequest(), timeout=ask.timeout)
-    models = [model for model in answer.models if ask.model in ("", model.name)]
-    return any(CHAT in model.capabilities for model in models)
+    request = model_pb2.TokenizeRequest(model=ask.model, chat=request_of(ask, chat=True).chat)
+    try:
+        await stub.Tokenize(request, timeout=ask.timeout)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            return False
+        raise
+    return True
 
 
 def request_of(ask: Ask, *, chat: bool) -> api.GenerateRequest:

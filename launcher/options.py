@@ -55,6 +55,16 @@ def read_config(kind: type[C], options: dict[str, Any]) -> C:
     return load(kind, flags, options["config_file"])
 
 
+def with_model(config: C) -> C:
+    """`config`, with the demo model where it names none."""
+    if config.model is not None:
+        return config
+    import demo_model
+
+    name = config.model_name or "demo"
+    return config.model_copy(update={"model": demo_model.path(), "model_name": name})
+
+
 def _option(name: str, field: FieldInfo, panel: str) -> Decorator:
     declaration = flag(name)
     if field.annotation is bool:

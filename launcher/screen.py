@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol
 
 from google.protobuf.duration_pb2 import Duration
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -143,11 +144,11 @@ class Lines:
 
 def summary(answers: Sequence[Answer], wall: float) -> RenderableType:
     """One row for each answer, and the totals. `wall` is in seconds."""
-    table = Table(title="What each request took (milliseconds)")
-    table.add_column("request", max_width=34, no_wrap=True)
+    table = Table(title="tokens, then milliseconds", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("request", min_width=12)
     for name in ("prompt", "output", "queue", "prefill", "KV", "TTFT", "TPOT"):
-        table.add_column(name, justify="right")
-    table.add_column("finish")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("finish", no_wrap=True)
     for number, answer in enumerate(answers, 1):
         table.add_row(f"{number}. {answer.question.text}", *_figures(answer))
     tokens = sum(answer.output_tokens for answer in answers)
@@ -178,4 +179,5 @@ def _figures(answer: Answer) -> tuple[str, ...]:
 
 
 def _milliseconds(duration: Duration, parts: int = 1) -> str:
-    return f"{duration.ToNanoseconds() / parts / 1e6:.1f}"
+    value = duration.ToNanoseconds() / parts / 1e6
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
