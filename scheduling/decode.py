@@ -5,9 +5,7 @@
     events = scheduler.apply(plan, result, now)
 
 There is no prefill phase and no decode phase: every sequence lets `computed` catch up with its
-tokens. A RUNNING sequence holds blocks for all its tokens; it got them when it was admitted, and
-takes one more whenever generation crosses into a new block. If none is free then, the worst-ranked
-running sequence gives up its blocks and waits to be recomputed.
+tokens, generation first. Who holds KV blocks and who gives way is scheduling/residency.py.
 
 Why this never stands still: blocks are taken away only by a sequence that samples a token in the
 very same pass. Between two such passes recomputation only advances, so it ends in sampled tokens
@@ -22,18 +20,17 @@ Knows nothing of models, transports or gateways, and reads no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Logprob, Output, Request
 from scheduling.admission import longest_kv, require_fit
-from scheduling.blocks import BlockAllocator
 from scheduling.budget import splitfuse
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.prompt import PromptRecord
+from scheduling.residency import Residency
 from scheduling.sequence import Phase, Sequence
 
 
@@ -46,6 +43,12 @@ class _Group:
     sequences: list[Sequence]
     prompt: PromptRecord | None
 
+    @classmethod
+    def of(cls, request: Request, prompt: PromptRecord | None, now: float) -> _Group:
+        """All sequences of `request` but those that an earlier attempt has finished."""
+        indexes = (i for i in range(request.sampling.n) if not request.prior(i).finished)
+        return cls(request, [Sequence.start(request, i, now) for i in indexes], prompt)
+
 
 class DecodeScheduler:
     """Owns every sequence of a decode worker and all blocks of its KV pool."""
@@ -54,15 +57,11 @@ class DecodeScheduler:
         self._capacity = capacity
         self._policy = policy
         self._max_waiting = max_waiting
-        self._blocks = BlockAllocator(capacity.blocks)
-        self._groups: dict[str, _Group] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._incoming: list[Sequence] = []  # also aborted ones, until their transfer is quiet
+        self._groups: dict[str, _Group] = {}  # live requests
+        self._kv = Residency(capacity, lambda s: self._groups[s.request.id].sequences)
+        self._plan: StepPlan | None = None  # the pass that runs now
         self._in_pass: frozenset[Sequence] = frozenset()
         self._doomed: list[Sequence] = []  # aborted during the pass that they are in
-        self._plan: StepPlan | None = None  # the pass that runs now
-        self._head_blocked = False  # the next sequence to admit found too few free blocks
 
     # -- Requests come and go --------------------------------------------------------------
 
@@ -73,12 +72,14 @@ class DecodeScheduler:
         Raises InvalidRequest if it can never fit, Overloaded if too many wait, AlreadyExists.
         """
         self._check(request)
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._kv.waiting) >= self._max_waiting:
             raise Overloaded("too many requests wait on this worker", subject="decode worker")
-        group = self._enter(request, PromptRecord(request, now), now)
+        group = _Group.of(request, PromptRecord(request, now), now)
         for sequence in group.sequences:
             self._policy.join(sequence, sequence.uncomputed, now)
-        self._waiting += group.sequences
+        if group.sequences:
+            self._groups[request.id] = group
+        self._kv.wait(group.sequences)
         return list(group.sequences)
 
     def reserve(self, request: Request, now: float) -> Sequence:
@@ -91,18 +92,14 @@ class DecodeScheduler:
         self._check(request)
         if request.prior(0).finished:
             raise InvalidRequest.of("prior_outputs", "sequence 0 has ended: nothing to hand over")
-        tokens = len(request.prompt_ids) + len(request.prior(0).token_ids)
-        needed = self._capacity.blocks_for(tokens)
-        if self._head_blocked or not self._has_room(needed):
+        group = _Group.of(request, None, now)
+        first, *siblings = group.sequences
+        if not self._kv.try_reserve(first):
             raise Overloaded("no room for its KV on this worker", subject="KV blocks")
-        group = self._enter(request, None, now)
         for sequence in group.sequences:
             self._policy.join(sequence, 1, now)
-        first, *siblings = group.sequences
-        first.blocks = self._blocks.allocate(needed)
-        first.move(Phase.INCOMING)
-        self._incoming.append(first)
-        self._waiting += siblings
+        self._groups[request.id] = group
+        self._kv.wait(siblings)
         return first
 
     def arrived(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
@@ -112,26 +109,21 @@ class DecodeScheduler:
         the client. The blocks of a sequence that was aborted meanwhile are freed.
         """
         if sequence.phase is Phase.FINISHED:
-            self.quiet(sequence)
+            self._kv.quiet(sequence)
             return []
-        self._incoming.remove(sequence)
-        sequence.computed = len(sequence.tokens)
+        self._kv.arrive(sequence)
         self._policy.join(sequence, 1, now)
-        sequence.move(Phase.RUNNING)
-        self._running.append(sequence)
-        self._admit_siblings(sequence)
+        self._kv.admit_siblings(sequence)
         return self._accept(sequence, first_token)
 
     def lost(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
-        """The KV could not be had and nothing writes to its blocks any more: compute it here."""
+        """The KV could not be had and nothing writes to its blocks any more: compute it here.
+        Otherwise as `arrived`."""
         if sequence.phase is Phase.FINISHED:
-            self.quiet(sequence)
+            self._kv.quiet(sequence)
             return []
-        self._incoming.remove(sequence)
-        self._free(sequence)
+        self._kv.lose(sequence)
         self._policy.join(sequence, sequence.uncomputed, now)
-        sequence.move(Phase.WAITING)
-        self._waiting.append(sequence)
         return self._accept(sequence, first_token)
 
     def abort(self, request_id: str, now: float) -> bool:
@@ -147,14 +139,13 @@ class DecodeScheduler:
             if sequence in self._in_pass:
                 self._doomed.append(sequence)
             else:
-                self._drop(sequence)
+                self._kv.drop(sequence)
         return True
 
     def quiet(self, sequence: Sequence) -> None:
-        """Nothing writes to the blocks of this aborted INCOMING sequence any more: free them."""
-        if sequence.phase is Phase.FINISHED and sequence in self._incoming:
-            self._incoming.remove(sequence)
-            self._free(sequence)
+        """Nothing writes to the blocks of this aborted INCOMING sequence any more: free them.
+        Idempotent."""
+        self._kv.quiet(sequence)
 
     # -- The step --------------------------------------------------------------------------
 
@@ -166,33 +157,24 @@ class DecodeScheduler:
         """
         if self._plan is not None:
             raise RuntimeError("the last plan was not applied")
-        ranked = [*self._running, *self._waiting]
+        ranked = [*self._kv.running, *self._kv.waiting]
         self._policy.promote(ranked, now)
         ranked.sort(key=self._policy.rank)
-        chosen = self._choose(ranked)
+        chosen = self._kv.choose(ranked)
         generating = [s for s in chosen if s.generating][: self._capacity.max_tokens]
-        ready = [s for s in generating if self._grow(s, ranked)]
+        ready = [s for s in generating if self._kv.grow(s, ranked)]
         prompts = [s for s in chosen if not s.generating and s.phase is Phase.RUNNING]
         chunks = splitfuse(ready, prompts, self._capacity.max_tokens)
         if not chunks:
             return None
-        for chunk in chunks:
-            self._begin_prompt(chunk.sequence, now)
-        self._plan = StepPlan(chunks)
-        self._in_pass = frozenset(chunk.sequence for chunk in chunks)
-        self._blocks.begin_pass()
+        self._begin_pass(StepPlan(chunks), now)
         return self._plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
         self._end_pass(plan)
-        live = [
-            (chunk, sampled, logprobs)
-            for chunk, sampled, logprobs in zip(
-                plan.chunks, result.sampled, result.prompt_logprobs, strict=True
-            )
-            if chunk.sequence.phase is Phase.RUNNING
-        ]
+        gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
+        live = [each for each in gave if each[0].sequence.phase is Phase.RUNNING]
         events: list[DecodeEvent] = []
         for chunk, _, logprobs in live:
             chunk.sequence.computed += chunk.length
@@ -201,8 +183,8 @@ class DecodeScheduler:
         for chunk, sampled, _ in live:
             if sampled is not None:
                 if chunk.start < chunk.sequence.prompt_length:
-                    self._admit_siblings(chunk.sequence)
-                events += self._emit(chunk.sequence, sampled)
+                    self._kv.admit_siblings(chunk.sequence)
+                events.append(self._emit(chunk.sequence, sampled))
         return events
 
     def fail(self, plan: StepPlan, now: float) -> list[DecodeEvent]:
@@ -219,126 +201,20 @@ class DecodeScheduler:
     def load(self) -> Load:
         """How busy this worker is. Sequences whose KV is on its way count as running."""
         return Load(
-            running=len(self._running) + len(self._incoming),
-            waiting=len(self._waiting),
-            free_blocks=self._blocks.free,
-            total_blocks=self._blocks.total,
+            running=len(self._kv.running) + len(self._kv.incoming),
+            waiting=len(self._kv.waiting),
+            free_blocks=self._kv.blocks.free,
+            total_blocks=self._kv.blocks.total,
         )
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
-        self._blocks.check_integrity(s.blocks for s in (*self._running, *self._incoming))
-        for sequence in self._running:
-            held, tokens = len(sequence.blocks), len(sequence.tokens)
-            # A generating sequence may still lack the block for its newest token.
-            if held not in {self._capacity.blocks_for(t) for t in (tokens, tokens - 1)}:
-                raise RuntimeError(f"sequence {sequence.id}: {held} blocks for {tokens} tokens")
-            if sequence.phase is not Phase.RUNNING or not 0 <= sequence.computed < tokens:
-                raise RuntimeError(f"sequence {sequence.id} does not belong in the batch")
-        for sequence in self._waiting:
-            if sequence.phase is not Phase.WAITING or sequence.blocks or sequence.computed:
-                raise RuntimeError(f"sequence {sequence.id} waits with something in hand")
-        placed = {*self._waiting, *self._running, *self._incoming}
-        for group in self._groups.values():
-            if not group.sequences or not placed.issuperset(group.sequences):
-                raise RuntimeError(f"request {group.request.id} has lost a sequence")
-
-    # -- Choosing --------------------------------------------------------------------------
-
-    def _choose(self, ranked: Iterable[Sequence]) -> list[Sequence]:
-        """The sequences of the next pass, best first. Waiting ones are admitted on the way while
-        the pass has tokens left for them; nobody overtakes one for which there is no room."""
-        chosen: list[Sequence] = []
-        self._head_blocked = False
-        generating = sum(s.generating for s in self._running)
-        left = self._capacity.max_tokens - min(generating, self._capacity.max_sequences)
-        for sequence in ranked:
-            if len(chosen) == self._capacity.max_sequences:
-                break
-            if sequence.generating:
-                chosen.append(sequence)
-                continue
-            if left <= 0:
-                continue
-            if sequence.phase is Phase.WAITING:
-                if self._head_blocked or self._must_wait_for_sibling(sequence):
-                    continue
-                if not self._admit(sequence):
-                    self._head_blocked = True
-                    continue
-            left -= sequence.uncomputed
-            chosen.append(sequence)
-        return chosen
-
-    def _has_room(self, needed: int) -> bool:
-        """One free block per running sequence is left over, so that what comes in is not thrown
-        out again as soon as the others grow."""
-        return self._blocks.free >= needed + len(self._running)
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
-        of the prompt are shared with a sibling that has computed them."""
-        shared = self._prompt_of_sibling(sequence)
-        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
-        if not self._has_room(needed):
-            return False
-        sequence.blocks = self._blocks.share(shared) + self._blocks.allocate(needed)
-        sequence.computed = len(shared) * self._capacity.block_size
-        self._waiting.remove(sequence)
-        sequence.move(Phase.RUNNING)
-        self._running.append(sequence)
-        return True
-
-    def _grow(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
-        """Give a generating sequence the block for its next token, taking it from the worst-ranked
-        running one if need be. False if only better-ranked ones are left: they go first."""
-        if sequence.phase is not Phase.RUNNING:
-            return False  # it had to give up its blocks a moment ago
-        if self._capacity.blocks_for(len(sequence.tokens)) == len(sequence.blocks):
-            return True
-        while not self._blocks.free:
-            victim = next(s for s in reversed(ranked) if s.phase is Phase.RUNNING)
-            if victim is sequence:
-                return False
-            self._preempt(victim)
-        sequence.blocks += self._blocks.allocate(1)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._free(sequence)
-        self._running.remove(sequence)
-        sequence.preemptions += 1
-        sequence.move(Phase.WAITING)
-        self._waiting.append(sequence)
-
-    # -- Siblings: n > 1 share the full blocks of their prompt ------------------------------
-
-    def _shareable(self, request: Request) -> int:
-        """Blocks that only hold prompt tokens, the last one excepted: each sequence computes
-        at least that one itself, as its first token is sampled there."""
-        return (len(request.prompt_ids) - 1) // self._capacity.block_size
-
-    def _prompt_of_sibling(self, sequence: Sequence) -> list[int]:
-        count = self._shareable(sequence.request)
-        for sibling in self._groups[sequence.request.id].sequences:
-            done = sibling.computed >= count * self._capacity.block_size
-            if sibling.phase is Phase.RUNNING and done:
-                return sibling.blocks[:count]
-        return []
-
-    def _must_wait_for_sibling(self, sequence: Sequence) -> bool:
-        """True while a sibling is on its way to a prompt that can be shared."""
-        tokens = self._shareable(sequence.request) * self._capacity.block_size
-        return any(
-            s.phase is Phase.INCOMING or (s.phase is Phase.RUNNING and s.computed < tokens)
-            for s in self._groups[sequence.request.id].sequences
-        )
-
-    def _admit_siblings(self, sequence: Sequence) -> None:
-        """`sequence` has just got its prompt: let in those that wait for it, before it may end."""
-        for sibling in self._groups[sequence.request.id].sequences:
-            if sibling.phase is Phase.WAITING and (self._head_blocked or not self._admit(sibling)):
-                return
+        self._kv.check_integrity()
+        placed = {*self._kv.waiting, *self._kv.running, *self._kv.incoming}
+        grouped = {s for group in self._groups.values() for s in group.sequences}
+        ended = {s for s in self._kv.incoming if s.phase is Phase.FINISHED}
+        if placed != grouped | ended | set(self._doomed):
+            raise RuntimeError("a sequence without a request, or the other way round")
 
     # -- Keeping the books -----------------------------------------------------------------
 
@@ -347,21 +223,23 @@ class DecodeScheduler:
         if request.id in self._groups:
             raise AlreadyExists(f"request {request.id!r} is already here")
 
-    def _enter(self, request: Request, prompt: PromptRecord | None, now: float) -> _Group:
-        sequences = [
-            Sequence.start(request, index, now)
-            for index in range(request.sampling.n)
-            if not request.prior(index).finished
-        ]
-        group = _Group(request, sequences, prompt)
-        if sequences:
-            self._groups[request.id] = group
-        return group
+    def _begin_pass(self, plan: StepPlan, now: float) -> None:
+        self._plan = plan
+        self._in_pass = frozenset(chunk.sequence for chunk in plan.chunks)
+        self._kv.blocks.begin_pass()
+        for sequence in self._in_pass:
+            prompt = self._groups[sequence.request.id].prompt
+            if prompt is not None:
+                prompt.begin(now)
 
-    def _begin_prompt(self, sequence: Sequence, now: float) -> None:
-        prompt = self._groups[sequence.request.id].prompt
-        if prompt is not None:
-            prompt.begin(now)
+    def _end_pass(self, plan: StepPlan) -> None:
+        if plan is not self._plan:
+            raise RuntimeError("this plan does not run")
+        self._plan, self._in_pass = None, frozenset()
+        self._kv.blocks.end_pass()
+        for sequence in self._doomed:
+            self._kv.drop(sequence)
+        self._doomed.clear()
 
     def _prompt_news(
         self, chunk: Chunk, logprobs: tuple[Logprob, ...], now: float
@@ -381,13 +259,13 @@ class DecodeScheduler:
             events.append(PromptLogprobs(group.request.id, tuple(record.logprobs)))
         return events
 
-    def _emit(self, sequence: Sequence, sampled: Sampled) -> list[DecodeEvent]:
+    def _emit(self, sequence: Sequence, sampled: Sampled) -> Output:
+        """Append a token that was sampled here."""
         finish = sequence.append(sampled.token_id)
-        logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        output = Output(sequence.request.id, sequence.index, (sampled.token_id,), logprobs, finish)
         if finish is not None:
             self._finish(sequence, finish)
-        return [output]
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        return Output(sequence.request.id, sequence.index, (sampled.token_id,), logprobs, finish)
 
     def _accept(self, sequence: Sequence, token_id: int) -> list[DecodeEvent]:
         """Append a token that was sampled elsewhere and reported from there."""
@@ -395,7 +273,7 @@ class DecodeScheduler:
         if finish is None:
             return []
         self._finish(sequence, finish)
-        return [Output(sequence.request.id, sequence.index, (), (), finish)]
+        return [Output(sequence.request.id, sequence.index, (), finish=finish)]
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
@@ -403,28 +281,4 @@ class DecodeScheduler:
         group.sequences.remove(sequence)
         if not group.sequences:
             del self._groups[sequence.request.id]
-        self._drop(sequence)
-
-    def _drop(self, sequence: Sequence) -> None:
-        """Take a sequence that no pass is using out of its list; a transfer may go on writing."""
-        if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
-            self._head_blocked = False  # until the next plan, as it may have been the head
-        elif sequence.phase is Phase.RUNNING:
-            self._running.remove(sequence)
-            self._free(sequence)
-        sequence.move(Phase.FINISHED)
-
-    def _free(self, sequence: Sequence) -> None:
-        self._blocks.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.computed = 0
-
-    def _end_pass(self, plan: StepPlan) -> None:
-        if plan is not self._plan:
-            raise RuntimeError("this plan does not run")
-        self._plan, self._in_pass = None, frozenset()
-        self._blocks.end_pass()
-        for sequence in self._doomed:
-            self._drop(sequence)
-        self._doomed.clear()
+        self._kv.drop(sequence)

@@ -123,6 +123,22 @@ def test_without_a_free_block_the_worst_ranked_is_recomputed_later(make_request)
     assert worker.tokens[("b", 0)] == expected_tokens(b, 0, TOKEN_OF)
 
 
+def test_a_sequence_that_nobody_gives_a_block_to_leaves_its_token_to_a_prompt(
+    make_request,
+) -> None:
+    capacity = Capacity(blocks=7, block_size=1, max_tokens=1, max_sequences=1, max_context=8)
+    worker = Worker(capacity)
+    stuck = worker.scheduler.reserve(make_request("stuck", prompt=1, most=2), 0.0)
+    worker.scheduler.reserve(make_request("holds a block", prompt=1), 0.0)
+    worker.submit(make_request("prompt", prompt=5, most=1, priority=1))
+    worker.step()
+    worker.scheduler.arrived(stuck, 1, worker.now)
+    assert worker.free == 0
+    for _ in range(4):
+        assert worker.step()[0] == {("prompt", 0): 1}
+    assert worker.step()[0] == {("stuck", 0): 1}
+
+
 def test_nobody_overtakes_a_request_that_waits_for_blocks(worker, make_request) -> None:
     worker.submit(make_request("holds", prompt=8, most=20))
     worker.step()

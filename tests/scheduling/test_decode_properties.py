@@ -150,10 +150,13 @@ class DecodeMachine(RuleBasedStateMachine):
     def begin_pass(self) -> None:
         before = [
             s
-            for s in self.scheduler._running
+            for s in self.scheduler._kv.running
             if s.generating and len(s.blocks) >= self.capacity.blocks_for(len(s.tokens))
         ]
         self.plan = self.scheduler.plan(self.now)
+        if self.plan is None and not self.incoming:
+            load = self.scheduler.load()
+            assert (load.running, load.waiting) == (0, 0), "there was something to run"
         if self.plan is not None:
             check_plan(self.plan, self.capacity, before)
             sequences = [chunk.sequence for chunk in self.plan.chunks]
