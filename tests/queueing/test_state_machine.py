@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -384,9 +383,7 @@ class QueueMachine(RuleBasedStateMachine):
         await self.raw.connection_pool.disconnect()
 
 
-@pytest.mark.parametrize(
-    "binary", find_servers(), ids=lambda binary: f"{binary.parts[-4]}-{binary.name}"
-)
+@pytest.mark.parametrize("binary", find_servers(), ids=lambda binary: binary.name)
 def test_any_history_agrees_with_the_model(binary: Path) -> None:
     server = asyncio.run(EmbeddedRedis.start(binary))
     try:
