@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from prometheus_client import REGISTRY, CollectorRegistry
+
 from baton import rpc, telemetry
 from baton.config import DecodeConfig, require_loopback
 from baton.errors import ConfigError
@@ -18,50 +20,75 @@ from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
 from queueing import membership
 from queueing.contract import Registration, Role
+from queueing.membership import Membership
 from scheduling.decode import DecodeScheduler
 from scheduling.order import policy_from
 
 SERVICES = ("baton.internal.v1.DecodeService",)
 
 
-async def run(config: DecodeConfig) -> None:
-    """Load the model, join the cluster, serve until told to stop.
+class DecodeServer:
+    """A decode worker behind its gRPC API. `start`, then `stop`."""
 
-    Raises ModelError and ConfigError before anything is served.
-    """
+    def __init__(self, config: DecodeConfig, registry: CollectorRegistry = REGISTRY) -> None:
+        """Load and warm up the model, bind the address; port 0 takes a free one.
+
+        Raises ConfigError and ModelError.
+        """
+        require_loopback(config.address, insecure_network=config.insecure_network)
+        server = rpc.Server(config.address)
+        executor = executor_from(config)
+        executor.warm_up()
+        capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        self._dialer = _dialer(config, layout)
+        self._consumer = PullConsumer(
+            executor.pool, layout, self._dialer, timeout=config.kv_timeout
+        )
+        self.worker = DecodeWorker(
+            executor,
+            DecodeScheduler(capacity, policy_from(config), max_waiting=config.max_waiting),
+            self._consumer,
+            EngineMetrics("decode", registry),
+            reserve_timeout=config.reserve_timeout,
+        )
+        service = DecodeService(self.worker)
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(service, server.grpc)
+        registration = Registration(
+            id=config.worker_id or unique_id("decode"),
+            role=Role.DECODE,
+            address=config.advertise_address or server.address,
+            layout_digest=layout.digest,
+            model=executor.fingerprint,
+            capacity_tokens=capacity.blocks * capacity.block_size,
+            capacity_blocks=capacity.blocks,
+            max_context=capacity.max_context,
+        )
+        self._membership = Membership(self.worker, server, SERVICES, registration, config)
+
+    async def start(self) -> None:
+        """Join the cluster."""
+        self.worker.engine.start()
+        await self._membership.join()
+
+    async def broken(self) -> None:
+        """Raise what broke the engine, if something does."""
+        await self.worker.engine.wait_closed()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Leave the cluster."""
+        await self._membership.leave(drain_seconds)
+        await self.worker.stop()
+        await self._consumer.close()
+        await self._dialer.close()
+
+
+async def run(config: DecodeConfig) -> None:
+    """Serve until SIGINT or SIGTERM, then drain. Raises ConfigError and ModelError at start."""
     telemetry.start("decode", config)
-    require_loopback(config.address, insecure_network=config.insecure_network)
     metrics = telemetry.MetricsServer(config.metrics_address)
-    server = rpc.Server(config.address)
-    executor = executor_from(config)
-    executor.warm_up()
-    capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
-    dialer = _dialer(config, layout)
-    consumer = PullConsumer(executor.pool, layout, dialer, timeout=config.kv_timeout)
-    worker = DecodeWorker(
-        executor,
-        DecodeScheduler(capacity, policy_from(config), max_waiting=config.max_waiting),
-        consumer,
-        EngineMetrics("decode"),
-        reserve_timeout=config.reserve_timeout,
-    )
-    worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeService(worker), server.grpc)
-    registration = Registration(
-        id=config.worker_id or unique_id("decode"),
-        role=Role.DECODE,
-        address=config.advertise_address or server.address,
-        layout_digest=layout.digest,
-        model=executor.fingerprint,
-        capacity_tokens=capacity.blocks * capacity.block_size,
-        capacity_blocks=capacity.blocks,
-        max_context=capacity.max_context,
-    )
-    worker.engine.start()
     try:
-        await membership.serve(worker, server, SERVICES, registration, config)
+        await membership.run(DecodeServer(config), config.drain_seconds)
     finally:
-        await consumer.close()
-        await dialer.close()
         metrics.stop()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from prometheus_client import REGISTRY, CollectorRegistry
+
 from baton import telemetry
 from baton.config import PrefillConfig, require_loopback
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
@@ -19,6 +21,7 @@ from prefill_worker.service import PrefillService
 from prefill_worker.worker import PrefillWorker
 from queueing import membership
 from queueing.contract import Registration, Role
+from queueing.membership import Membership
 from scheduling.order import policy_from
 from scheduling.prefill import PrefillScheduler
 
@@ -26,57 +29,78 @@ SERVICES = ("baton.internal.v1.PrefillService", "baton.internal.v1.KvService")
 CLAIMED_PASSES = 4  # prompt tokens claimed ahead, in passes: the queue keeps the rest in order
 
 
-async def run(config: PrefillConfig) -> None:
-    """Load the model, join the cluster, serve until told to stop.
+class PrefillServer:
+    """A prefill worker behind its gRPC API. `start`, then `stop`."""
 
-    Raises ModelError and ConfigError before anything is served.
-    """
-    telemetry.start("prefill", config)
-    require_loopback(config.address, insecure_network=config.insecure_network)
-    metrics = telemetry.MetricsServer(config.metrics_address)
-    server = Server(config.address)
-    address = config.advertise_address or server.address
+    def __init__(self, config: PrefillConfig, registry: CollectorRegistry = REGISTRY) -> None:
+        """Load and warm up the model, bind the address; port 0 takes a free one.
 
-    pools: list[SharedPool] = []
+        Raises ConfigError and ModelError.
+        """
+        require_loopback(config.address, insecure_network=config.insecure_network)
+        server = Server(config.address)
+        address = config.advertise_address or server.address
+        self._pools: list[SharedPool] = []
+        # The KV pool of a CPU worker lies in memory that decode workers on this host can map.
+        executor = executor_from(config, buffer=self._share if config.device == "cpu" else None)
+        executor.warm_up()
+        capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        self._producer = LeaseProducer(
+            executor.pool,
+            layout,
+            control_address=address,
+            on_freed=lambda lease_id: self.worker.on_freed(lease_id),
+            shared=self._pools[0] if self._pools else None,
+            data_address=config.kv_address,
+            time_to_live=config.kv_lease_seconds,
+        )
+        scheduler = PrefillScheduler(capacity, policy_from(config), max_waiting=config.max_waiting)
+        metrics = EngineMetrics("prefill", registry)
+        self.worker = PrefillWorker(executor, scheduler, self._producer, metrics)
+        service, kv_service = PrefillService(self.worker), KvServicer(self._producer)
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(service, server.grpc)
+        kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, server.grpc)
+        ahead = min(CLAIMED_PASSES * capacity.max_tokens, capacity.blocks * capacity.block_size)
+        registration = Registration(
+            id=config.worker_id or unique_id("prefill"),
+            role=Role.PREFILL,
+            address=address,
+            layout_digest=layout.digest,
+            model=executor.fingerprint,
+            capacity_tokens=ahead,
+            capacity_blocks=capacity.blocks,
+            max_context=capacity.max_context,
+        )
+        self._membership = Membership(self.worker, server, SERVICES, registration, config)
 
-    def shared_memory(size: int) -> memoryview:
-        pools.append(SharedPool(size))
-        return pools[0].buffer
+    def _share(self, size: int) -> memoryview:
+        self._pools.append(SharedPool(size))
+        return self._pools[0].buffer
 
-    # The KV pool of a CPU worker lies in memory that decode workers on this host can map.
-    executor = executor_from(config, buffer=shared_memory if config.device == "cpu" else None)
-    executor.warm_up()
-    capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
-    producer = LeaseProducer(
-        executor.pool,
-        layout,
-        control_address=address,
-        on_freed=lambda lease_id: worker.on_freed(lease_id),
-        shared=pools[0] if pools else None,
-        data_address=config.kv_address,
-        time_to_live=config.kv_lease_seconds,
-    )
-    scheduler = PrefillScheduler(capacity, policy_from(config), max_waiting=config.max_waiting)
-    worker = PrefillWorker(executor, scheduler, producer, EngineMetrics("prefill"))
-    worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillService(worker), server.grpc)
-    kv_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(producer), server.grpc)
-    ahead = min(CLAIMED_PASSES * capacity.max_tokens, capacity.blocks * capacity.block_size)
-    registration = Registration(
-        id=config.worker_id or unique_id("prefill"),
-        role=Role.PREFILL,
-        address=address,
-        layout_digest=layout.digest,
-        model=executor.fingerprint,
-        capacity_tokens=ahead,
-        capacity_blocks=capacity.blocks,
-        max_context=capacity.max_context,
-    )
-    await producer.start()
-    worker.engine.start()
-    try:
-        await membership.serve(worker, server, SERVICES, registration, config)
-    finally:
-        await producer.close()
-        for pool in pools:
+    async def start(self) -> None:
+        """Join the cluster."""
+        await self._producer.start()
+        self.worker.engine.start()
+        await self._membership.join()
+
+    async def broken(self) -> None:
+        """Raise what broke the engine, if something does."""
+        await self.worker.engine.wait_closed()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Leave the cluster."""
+        await self._membership.leave(drain_seconds)
+        await self.worker.stop()
+        await self._producer.close()
+        for pool in self._pools:
             pool.close()
+
+
+async def run(config: PrefillConfig) -> None:
+    """Serve until SIGINT or SIGTERM, then drain. Raises ConfigError and ModelError at start."""
+    telemetry.start("prefill", config)
+    metrics = telemetry.MetricsServer(config.metrics_address)
+    try:
+        await membership.run(PrefillServer(config), config.drain_seconds)
+    finally:
         metrics.stop()

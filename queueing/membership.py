@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from baton.config import WorkerConfig
 from baton.errors import QueueError
@@ -21,23 +22,10 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_SECONDS = 0.02
 
 
-class Engine(Protocol):
-    """The part of a worker's EngineLoop that its departure waits for."""
-
-    async def wait_closed(self) -> None:
-        """Return or raise when the engine has stopped."""
-        ...
-
-
 class Member(Protocol):
     """A worker, as its membership sees it: a PrefillWorker or a DecodeWorker."""
 
     draining: bool
-
-    @property
-    def engine(self) -> Engine:
-        """What ends the process if it breaks."""
-        ...
 
     @property
     def idle(self) -> bool:
@@ -56,85 +44,102 @@ class Member(Protocol):
         """A request is no longer its own."""
         ...
 
-    async def stop(self) -> None:
-        """End everything it still holds."""
+
+class Membership:
+    """`join` the cluster, then `leave` it."""
+
+    def __init__(
+        self,
+        worker: Member,
+        server: Server,
+        services: Sequence[str],
+        registration: Registration,
+        config: WorkerConfig,
+    ) -> None:
+        self._worker, self._server, self._services = worker, server, services
+        self._name = registration.id
+        self._background = Background()
+        self._queue = RedisWorkerQueue(
+            config.redis_url.get_secret_value(),
+            config.pool,
+            registration,
+            worker_ttl=config.worker_ttl,
+        )
+        self._reporter = Reporter(
+            self._queue,
+            interval=config.report_interval,
+            settle=config.worker_ttl,
+            collect=worker.progress,
+            load=worker.load,
+            drop=worker.drop,
+        )
+
+    async def join(self) -> None:
+        """Answer RPCs; SERVING once the registry knows this worker, however long that takes."""
+        await self._server.start(self._services)
+        await self._reporter.register()
+        self._background.start(self._reporter.run(), "reports")
+        await self._server.serving()
+        log.info("%s serves at %s", self._name, self._server.address)
+
+    async def leave(self, drain_seconds: float) -> None:
+        """Take nothing new, give what runs `drain_seconds`, then cut it: gateways move their
+        requests elsewhere."""
+        await self._server.not_serving()
+        await self._drain(drain_seconds)
+        await self._background.stop()
+        try:
+            await self._queue.deregister()
+        except QueueError as error:
+            log.warning("left without telling the registry: %s", error)
+        await self._queue.close()
+        await self._server.stop(0)
+
+    async def _drain(self, seconds: float) -> None:
+        self._worker.draining = True
+        try:
+            await self._queue.drain()
+        except QueueError as error:
+            log.warning("the registry was not told of the drain: %s", error)
+        try:
+            async with asyncio.timeout(seconds):
+                while not self._worker.idle:  # noqa: ASYNC110 # a departure is in no hurry
+                    await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        except TimeoutError:
+            log.warning("still busy after %g s: what runs is cut", seconds)
+
+
+class Process(Protocol):
+    """A worker process: made, started, stopped."""
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        ...
+
+    async def broken(self) -> None:
+        """Raise what broke the engine, if something does."""
+        ...
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Leave, then let go of everything."""
         ...
 
 
-async def serve(
-    worker: Member,
-    server: Server,
-    services: Sequence[str],
-    registration: Registration,
-    config: WorkerConfig,
-) -> None:
-    """Serve until SIGINT, SIGTERM or a broken engine, then drain and leave.
-
-    SERVING only once the registry knows the worker. Draining gives what runs
-    `config.drain_seconds`; then streams are cut and gateways move their requests elsewhere.
-    Raises what broke the engine.
-    """
-    queue = RedisWorkerQueue(
-        config.redis_url.get_secret_value(),
-        config.pool,
-        registration,
-        worker_ttl=config.worker_ttl,
-    )
-    reporter = Reporter(
-        queue,
-        interval=config.report_interval,
-        settle=config.worker_ttl,
-        collect=worker.progress,
-        load=worker.load,
-        drop=worker.drop,
-    )
-    background = Background()
+async def run(process: Process, drain_seconds: float) -> None:
+    """Run until SIGINT, SIGTERM or a broken engine, whose error is raised."""
+    started = asyncio.create_task(process.start(), name="start")
     stopped = asyncio.create_task(until_stopped(), name="signals")
-    broken = asyncio.create_task(worker.engine.wait_closed(), name="engine")
-    try:
-        await server.start(services)
-        registering = asyncio.create_task(reporter.register(), name="register")
-        await _first(registering, stopped, broken)
-        if registering.done():
-            background.start(reporter.run(), "reports")
-            await server.serving()
-            log.info("%s serves at %s", registration.id, server.address)
-            await _first(stopped, broken)
-        registering.cancel()
-        await server.not_serving()
-        if not broken.done():
-            await _drain(worker, queue, config.drain_seconds)
-    finally:
-        stopped.cancel()
-        await background.stop()
-        await _leave(queue)
-        await worker.stop()
-        await server.stop(0)
-    await broken
-
-
-async def _first(*tasks: asyncio.Task[Any]) -> None:
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _drain(worker: Member, queue: RedisWorkerQueue, seconds: float) -> None:
-    log.info("draining for up to %g s", seconds)
-    worker.draining = True
-    try:
-        await queue.drain()
-    except QueueError as error:
-        log.warning("the registry was not told of the drain: %s", error)
-    try:
-        async with asyncio.timeout(seconds):
-            while not worker.idle:  # noqa: ASYNC110 # a departure is in no hurry
-                await asyncio.sleep(_DRAIN_POLL_SECONDS)
-    except TimeoutError:
-        log.warning("still busy after %g s: what runs is cut", seconds)
-
-
-async def _leave(queue: RedisWorkerQueue) -> None:
-    try:
-        await queue.deregister()
-    except QueueError as error:
-        log.warning("left without telling the registry: %s", error)
-    await queue.close()
+    await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if started.done():
+        broken = asyncio.create_task(process.broken(), name="engine")
+        await asyncio.wait({broken, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if broken.done():
+            drain_seconds = 0
+    log.info("leaving")
+    for task in (started, stopped):
+        task.cancel()
+    await process.stop(drain_seconds)
+    for task in (started, stopped):
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    await process.broken()
