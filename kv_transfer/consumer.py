@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _GIVE_UP_SECONDS = 5.0
 _IDLE_SECONDS = 300.0
+_SHORTEST_RENEWAL = 0.02  # seconds, whatever time to live a producer claims
 
 
 class Peer(Protocol):
@@ -296,7 +297,7 @@ class PullConsumer:
         """Every sixth of the time to live, or more often to notice a silent peer in time."""
         heard = time.monotonic()
         while True:
-            interval = min(link.time_to_live / 6, self._timeout / 4)
+            interval = max(_SHORTEST_RENEWAL, min(link.time_to_live / 6, self._timeout / 4))
             await asyncio.sleep(interval)
             leases = list(link.watched)
             try:

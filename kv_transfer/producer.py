@@ -64,9 +64,10 @@ class LeaseProducer:
     """Producer over a BlockStore.
 
     `control_address` is where consumers reach the KvService of this process. `shared` is the
-    memory that `store` lies in, if it may be mapped by others; `data_address` (host:port) turns
-    on TCP, advertised under the control address's host if it listens everywhere. `max_leased_blocks` bounds what leases hold. `on_freed` is called on the event loop,
-    never from inside a method of this class.
+    memory that `store` lies in, if it may be mapped by others. `data_address` (host:port) turns
+    on TCP; one that means every interface is advertised under the control address's host.
+    `max_leased_blocks` bounds what leases hold. `on_freed` is called on the event loop, never
+    from inside a method of this class.
     """
 
     def __init__(
@@ -282,7 +283,7 @@ class LeaseProducer:
         self._settle()
 
     def _tcp_server(self, address: str, stall: float) -> TcpServer:
-        everywhere = address.rpartition(":")[0] in ("0.0.0.0", "[::]", "::")  # noqa: S104 - refused as an advertised host
+        everywhere = address.rpartition(":")[0] in ("0.0.0.0", "[::]")  # noqa: S104  # compared
         host = self.control_address.rpartition(":")[0] if everywhere else ""
         return TcpServer(self, self._store, address, stall=stall, advertised_host=host)
 

@@ -192,6 +192,18 @@ async def test_a_producer_that_renews_nothing_is_lost_and_dialed_anew(
     await consumer.close()
 
 
+@pytest.mark.parametrize("claimed", [0.0, -5.0, 1e-9])
+async def test_a_claimed_time_to_live_of_nothing_does_not_spin(new_consumer, peer, ref, claimed):
+    peer.told, peer.block_forever = [], True
+    consumer = new_consumer()
+    pull = asyncio.create_task(consumer.pull(ref(time_to_live=claimed), range(4)))
+    await asyncio.sleep(0.2)
+    assert 1 <= len(peer.renewed) <= 10
+    pull.cancel()
+    await asyncio.gather(pull, return_exceptions=True)
+    await consumer.close()
+
+
 async def test_bytes_under_way_are_bounded(new_consumer, peer, ref, layout):
     consumer = new_consumer(
         slice_bytes=layout.block_bytes, max_inflight_bytes=2 * layout.block_bytes

@@ -122,3 +122,20 @@ async def test_every_incarnation_has_an_id_of_its_own(pair, layout):
     other = LeaseProducer(pair.source, layout, control_address="", on_freed=print)
     assert other.engine_id != pair.producer.engine_id
     await other.close()
+
+
+@pytest.mark.parametrize(
+    ("data_address", "told"), [("0.0.0.0:0", "kv.example"), ("127.0.0.1:0", "127.0.0.1")]
+)
+async def test_consumers_are_told_a_host_that_they_can_reach(layout, pair, data_address, told):
+    producer = LeaseProducer(
+        pair.source,
+        layout,
+        control_address="kv.example:50061",
+        on_freed=print,
+        data_address=data_address,
+    )
+    (endpoint,) = producer.connect(1, layout.digest, "").endpoints
+    assert endpoint.transport == "tcp"
+    assert endpoint.address.rpartition(":")[0] == told
+    await producer.close()
