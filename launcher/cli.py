@@ -151,7 +151,7 @@ def bench() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench_engine(arguments: tuple[str, ...]) -> None:
     """Time the engine alone, on the demo model and on a random one."""
-    script = Path(__file__).parent.parent / "benchmarks" / "engine.py"
+    script = Path(__file__).parent.parent / "benchmarks" / "engine_steps.py"
     if not script.exists():
         raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")
     sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
