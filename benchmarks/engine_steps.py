@@ -1,0 +1,82 @@
+"""Step time of the engine beside transformers: `baton bench engine`.
+
+Runs the demo model and a random Llama of SmolLM-135M's shape, with 1, 8 and 32 sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+import demo_model
+from engine.bench import Row, measure, random_llama
+
+
+@click.command()
+@click.option("--steps", default=20, show_default=True, help="generation steps per measurement")
+@click.option("--context", default=128, show_default=True, help="tokens of each prompt")
+@click.option("--threads", default=0, help="torch threads; all cores if 0")
+@click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=int)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="also write the rows here")
+def main(
+    steps: int, context: int, threads: int, batches: tuple[int, ...], file: Path | None
+) -> None:
+    """Time generation steps of the engine and of transformers, in turn."""
+    console = Console(stderr=True)
+    logging.disable_progress_bar()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory, console.status("") as status:
+        status.update("making a random Llama of 135M parameters")
+        random_llama(Path(directory))
+        for path, name in ((demo_model.path(), "demo"), (Path(directory), "random 135M")):
+            for dtype in ("bfloat16", "float32"):
+                rows += measure(
+                    path,
+                    name,
+                    dtype,
+                    batches=batches,
+                    context=context,
+                    steps=steps,
+                    threads=threads,
+                    progress=status.update,
+                )
+    Console().print(table(rows))
+    if file is not None:
+        made = [
+            asdict(row) | {"tokens_per_second": row.tokens_per_second, "ratio": row.ratio}
+            for row in rows
+        ]
+        file.write_text(json.dumps(made, indent=2) + "\n")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows as people read them."""
+    result = Table(title=f"Generation steps beside transformers, {torch.get_num_threads()} threads")
+    result.add_column("model", no_wrap=True)
+    result.add_column("dtype", no_wrap=True)
+    for heading in ("batch", "step ms", "tokens/s", "theirs ms", "ratio", "prefill ms"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(
+            row.model,
+            row.dtype,
+            str(row.batch),
+            f"{row.step * 1e3:.1f}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.reference_step * 1e3:.1f}",
+            f"{row.ratio:.2f}",
+            f"{row.prefill * 1e3:.1f}",
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main()
