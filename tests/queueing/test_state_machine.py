@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     rule,
     run_state_machine_as_test,
@@ -89,8 +90,11 @@ class QueueMachine(RuleBasedStateMachine):
         return scripts
 
     def pick(self, n: int) -> Entry | None:
+        """Any request, but claimed ones twice as often: things happen to those."""
         everything = [*self.model.requests.values()]
-        return everything[n % len(everything)] if everything else None
+        claimed = [r for r in everything if r.claimed]
+        candidates = claimed if claimed and n % 3 else everything
+        return candidates[n // 3 % len(candidates)] if candidates else None
 
     def fence_of(self, r: Entry, back: int) -> int:
         known = self.fences.get(r.id, [1])
@@ -106,25 +110,38 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Time and faults of the network
 
-    @rule(seconds=st.sampled_from([0.001, 0.5, 2, 6, 21]))
-    def time_passes(self, seconds: float) -> None:
+    @initialize()
+    def everybody_starts(self) -> None:
+        for gateway in GATEWAYS:
+            self.heartbeat(gateway)
+        for worker in ROLES:
+            self.worker_comes_and_goes(worker, "register")
+
+    @rule(
+        seconds=st.sampled_from([0.001, 0.5, 2, 2, 4, 6, 21]),
+        silent=st.sampled_from(["", "", "", *GATEWAYS, *ROLES]),
+    )
+    def time_passes(self, seconds: float, silent: str) -> None:
         self.model.now += int(seconds * SECOND)
+        for gateway in GATEWAYS:
+            if gateway != silent:
+                self.heartbeat(gateway)
+        for worker in ROLES:
+            if worker != silent:
+                self.report(worker, [])
 
-    @rule(on=st.booleans())
-    def replies_get_lost(self, on: bool) -> None:
+    @rule(lost=st.booleans(), flushed=st.booleans())
+    def network_changes(self, lost: bool, flushed: bool) -> None:
         for scripts in self.scripts:
-            scripts.repeat = on
+            scripts.repeat = lost
+        if flushed:
+            self.runner.run(self.raw.script_flush())
 
-    @rule()
-    def scripts_are_flushed(self) -> None:
-        self.runner.run(self.raw.script_flush())
-
-    # Gateways
-
-    @rule(gateway=gateways)
     def heartbeat(self, gateway: str) -> None:
         known = self.model.heartbeat(gateway)
         assert self.runner.run(self.gateways[gateway].heartbeat()) == known
+
+    # Gateways
 
     @rule(
         gateway=gateways,
@@ -173,8 +190,16 @@ class QueueMachine(RuleBasedStateMachine):
         limit=st.integers(1, 4),
     )
     def claim(self, gateway: str, worker: str, back: int, limit: int) -> None:
+        self.do_claim(gateway, worker, back, limit)
+
+    @rule(gateway=gateways, worker=st.sampled_from(["p1", "p2"]), limit=st.integers(1, 2))
+    def claim_and_hand_off(self, gateway: str, worker: str, limit: int) -> None:
+        for r in self.do_claim(gateway, worker, 0, limit):
+            self.do_handoff(r, 0, 0)
+
+    def do_claim(self, gateway: str, worker: str, back: int, limit: int) -> list[Entry]:
         if (record := self.record(worker, back)) is None:
-            return
+            return []
         expected = self.model.claimable(gateway, worker, record.epoch, limit)
         got = self.runner.run(self.gateways[gateway].claim(record, limit))
         assert [(c.request_id, c.level, c.generated, c.claim.attempt) for c in got] == [
@@ -186,11 +211,15 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.give(
                 r, worker, record.epoch, claimed.claim.fence, state=state, tokens=r.need
             )
+        return expected
 
     @rule(n=picks, back=st.sampled_from([0, 0, 1]), worker_back=st.sampled_from([0, 0, 0, 1]))
     def handoff(self, n: int, back: int, worker_back: int) -> None:
-        r, record = self.pick(n), self.record("d1", worker_back)
-        if r is None or record is None:
+        if (r := self.pick(n)) is not None:
+            self.do_handoff(r, back, worker_back)
+
+    def do_handoff(self, r: Entry, back: int, worker_back: int) -> None:
+        if (record := self.record("d1", worker_back)) is None:
             return
         fence = self.fence_of(r, back)
         target = self.model.workers.get("d1")
@@ -268,7 +297,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Workers
 
-    @rule(worker=workers)
+    @rule(worker=workers, how=st.sampled_from(["register", "register", "drain", "deregister"]))
+    def worker_comes_and_goes(self, worker: str, how: str) -> None:
+        getattr(self, how)(worker)
+
     def register(self, worker: str) -> None:
         for r in self.model.held(worker):
             self.model.requeue_and_tell(r, fault=True)
@@ -306,13 +338,11 @@ class QueueMachine(RuleBasedStateMachine):
             verdict = self.model.reported(worker, r, entry.fence, entry.generated, entry.served)
             assert (reply.verdict.value, reply.level) == (verdict, r.level)
 
-    @rule(worker=workers)
     def drain(self, worker: str) -> None:
         self.runner.run(self.workers[worker].drain())
         if worker in self.model.workers:
             self.model.workers[worker].draining = True
 
-    @rule(worker=workers)
     def deregister(self, worker: str) -> None:
         self.runner.run(self.workers[worker].deregister())
         if self.model.workers.pop(worker, None):
@@ -391,7 +421,7 @@ def test_any_history_agrees_with_the_model(binary: Path) -> None:
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=60,
+                max_examples=40,
                 stateful_step_count=40,
                 deadline=None,
                 phases=[Phase.generate],  # shrinking would outlast the time limit
