@@ -185,9 +185,11 @@ class Session:
         while True:
             over = self.over  # what comes after this look is seen in the next turn
             for sequence in self.outputs:
+                # Looked at first: the end may come, with tokens, while a delta is being written.
+                ended = sequence.ending is not None
                 if (delta := sequence.take()) is not None:
                     yield GenerateResponse(request_id=self.id, delta=delta)
-                if sequence.ending is not None and sequence.index not in self._reported:
+                if ended and sequence.index not in self._reported:
                     self._reported.add(sequence.index)
                     yield GenerateResponse(request_id=self.id, finished=self._finished(sequence))
             if over:
