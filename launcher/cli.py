@@ -7,6 +7,8 @@ directory is wrong.
 from __future__ import annotations
 
 import subprocess
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,6 +81,7 @@ def prefill(**options: Any) -> None:
     from prefill_worker import main as process
 
     uvloop.run(process.run(config))
+    _exit_now()
 
 
 @baton.command()
@@ -91,6 +94,17 @@ def decode(**options: Any) -> None:
     from decode_worker import main as process
 
     uvloop.run(process.run(config))
+    _exit_now()
+
+
+def _exit_now() -> None:
+    """End a worker that has left in order. Tearing down an interpreter with torch in it takes
+    seconds, in which a supervisor may lose patience, and gives back nothing that the kernel
+    does not."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @baton.command()
