@@ -6,9 +6,9 @@ directory is wrong.
 
 from __future__ import annotations
 
-import subprocess
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
