@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
 
+_packed_linear = torch.ops.mkldnn._linear_pointwise.default
+
 
 class Linear:
     """x [T, in] -> [T, out]. On a CPU the weight is kept in oneDNN's own packing, which saves
@@ -35,9 +37,7 @@ class Linear:
         return self._apply(x)
 
     def _packed(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "none", [], ""
-        )
+        output: Tensor = _packed_linear(x, self.weight, self.bias, "none", [], "")
         return output
 
     def _plain(self, x: Tensor) -> Tensor:
