@@ -31,6 +31,10 @@ class ModelConfig:
     tied: bool  # the output head is the embedding
     source: PretrainedConfig
 
+    def size(self, name: str) -> int:
+        """A positive integer that only this family's configuration has. Raises ModelError."""
+        return _size(self.path, self.source, name)
+
 
 def read_config(path: Path) -> ModelConfig:
     """Check that `path` is a model directory that is safe to load, and read its configuration.

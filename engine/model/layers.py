@@ -11,37 +11,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from baton.errors import ModelError
+from engine.model.config import ModelConfig
 
 Activation = Callable[[Tensor], Tensor]
 
-_packed_linear = torch.ops.mkldnn._linear_pointwise.default
+
+def activation(config: ModelConfig, name: str) -> Activation:
+    """An activation by the name that transformers gives it. Raises ModelError if it has none."""
+    if name not in ACT2FN:
+        raise ModelError(f"{config.path}: activation {name!r} is not known")
+    found: Activation = ACT2FN[name]
+    return found
 
 
 class Linear:
     """x [T, in] -> [T, out]. On a CPU the weight is kept in oneDNN's own packing, which saves
     reordering it in every pass (1.3 to 3 times faster, measured at 1 to 256 tokens)."""
 
-    __slots__ = ("_apply", "bias", "weight")
+    __slots__ = ("_bias", "_product", "_weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight [out, in], bias [out]."""
-        self.bias = bias
+        self._bias = bias
         if _packable(weight):
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            self._apply = self._packed
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self._product = _packed_product()
         else:
-            self.weight = weight
-            self._apply = self._plain
+            self._weight = weight
+            self._product = F.linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._apply(x)
+        return self._product(x, self._weight, self._bias)
 
-    def _packed(self, x: Tensor) -> Tensor:
-        output: Tensor = _packed_linear(x, self.weight, self.bias, "none", [], "")
-        return output
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+def _packed_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
 
 
 def _packable(weight: Tensor) -> bool:

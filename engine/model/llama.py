@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
+from baton.errors import ModelError
 from engine.attention.contract import AttentionBackend, Batch, KvCache
 from engine.model.config import ModelConfig
-from engine.model.layers import GatedMlp, Linear, RmsNorm, rotate
+from engine.model.layers import Activation, GatedMlp, Linear, RmsNorm, activation, rotate
 from engine.model.rope import Rope
 from engine.model.weights import Checkpoint
 
@@ -30,7 +30,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     eps: float
-    activation: str
+    activation: Activation
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -39,17 +39,20 @@ class Shape:
 
 
 def read_shape(config: ModelConfig) -> Shape:
-    """The shape of a Llama, Mistral, Qwen2 or Qwen3."""
+    """The shape of a Llama, Mistral, Qwen2 or Qwen3. Raises ModelError if it is none."""
     source, family = config.source, config.source.model_type
     attention_bias = bool(getattr(source, "attention_bias", False))
+    kv_heads = config.size("num_key_value_heads")
+    if config.heads % kv_heads:
+        raise ModelError(f"{config.path}: {config.heads} heads cannot share {kv_heads} key heads")
     return Shape(
         hidden=config.hidden_size,
-        intermediate=source.intermediate_size,
+        intermediate=config.size("intermediate_size"),
         heads=config.heads,
-        kv_heads=source.num_key_value_heads,
+        kv_heads=kv_heads,
         head_dim=getattr(source, "head_dim", None) or config.hidden_size // config.heads,
         eps=source.rms_norm_eps,
-        activation=source.hidden_act,
+        activation=activation(config, source.hidden_act),
         qkv_bias=family == "qwen2" or attention_bias,
         output_bias=family != "qwen2" and attention_bias,
         mlp_bias=bool(getattr(source, "mlp_bias", False)),
@@ -200,4 +203,4 @@ def _mlp(prefix: str, shape: Shape, checkpoint: Checkpoint) -> GatedMlp:
     down = _linear(
         f"{prefix}.down_proj", shape.hidden, shape.intermediate, shape.mlp_bias, checkpoint
     )
-    return GatedMlp(gate_up, down, ACT2FN[shape.activation])
+    return GatedMlp(gate_up, down, shape.activation)

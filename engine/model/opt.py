@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 from baton.errors import ModelError
 from engine.attention.contract import AttentionBackend, Batch, KvCache
 from engine.model.config import ModelConfig
-from engine.model.layers import LayerNorm, Linear
+from engine.model.layers import LayerNorm, Linear, activation
 from engine.model.weights import Checkpoint
 
 _POSITION_OFFSET = 2  # rows of the position table before that of position 0
@@ -32,7 +31,7 @@ class Opt:
         self.head_dim = hidden // config.heads
         self.max_context = config.max_context
         parts = _Parts(config, checkpoint)
-        narrow = source.word_embed_proj_dim
+        narrow = config.size("word_embed_proj_dim")
         self._embedding = parts.tensor("embed_tokens.weight", config.vocab_size, narrow)
         rows = config.max_context + _POSITION_OFFSET
         self._positions = parts.tensor("embed_positions.weight", rows, hidden)
@@ -82,10 +81,10 @@ class Layer:
         self._qkv = parts.qkv(f"{prefix}.self_attn", hidden, bias)
         self._output = parts.linear(f"{prefix}.self_attn.out_proj", hidden, hidden, bias)
         self._attention_norm = parts.norm(f"{prefix}.self_attn_layer_norm", hidden)
-        self._up = parts.linear(f"{prefix}.fc1", source.ffn_dim, hidden, bias)
-        self._down = parts.linear(f"{prefix}.fc2", hidden, source.ffn_dim, bias)
+        self._up = parts.linear(f"{prefix}.fc1", config.size("ffn_dim"), hidden, bias)
+        self._down = parts.linear(f"{prefix}.fc2", hidden, config.size("ffn_dim"), bias)
         self._mlp_norm = parts.norm(f"{prefix}.final_layer_norm", hidden)
-        self._activation = ACT2FN[source.activation_function]
+        self._activation = activation(config, source.activation_function)
 
     def __call__(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         """x [T, hidden] -> [T, hidden]."""

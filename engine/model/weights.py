@@ -102,10 +102,12 @@ def fingerprint(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The weight files of a directory, as its index lists them, else all that there are."""
+    """The weight files of a directory, as its index lists them; else the one with the usual
+    name; else all that there are."""
     index = path / _INDEX
     if not index.is_file():
-        return sorted(path.glob("*.safetensors"))
+        usual = path / "model.safetensors"
+        return [usual] if usual.is_file() else sorted(path.glob("*.safetensors"))
     try:
         names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

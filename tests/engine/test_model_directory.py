@@ -194,6 +194,11 @@ def test_an_index_cannot_point_out_of_the_directory(directory: Path) -> None:
         ({"architectures": None}, "architectures"),
         ({"architectures": ["A", "B"]}, "architectures"),
         ({"model_type": "no-such-model"}, "config.json"),
+        ({"num_key_value_heads": 4}, "6 heads cannot share 4"),
+        ({"hidden_act": "wobble"}, "wobble"),
+        ({"intermediate_size": 95}, r"mlp\.gate_proj\.weight"),
+        ({"vocab_size": 200}, r"embed_tokens\.weight"),
+        ({"num_hidden_layers": 3}, r"layers\.2\..*is missing"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
     ],
@@ -220,6 +225,11 @@ def test_code_in_the_model_directory_is_never_run(directory: Path) -> None:
     with pytest.raises(ModelError):
         load_executor(directory)
     assert not (directory / "sprung").exists()
+
+
+def test_other_safetensors_beside_the_model_are_left_alone(directory: Path) -> None:
+    (directory / "adapter.safetensors").write_bytes(b"not a model")
+    load_executor(directory)
 
 
 def test_the_fingerprint_follows_configuration_and_weights(directory: Path) -> None:
