@@ -170,13 +170,15 @@ def test_only_allowed_tokens_are_sampled() -> None:
 
 
 def test_min_tokens_yields_where_it_forbids_every_allowed_token() -> None:
-    eos = frozenset({11})
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 12] = 50.0
     for temperature in (0.0, 1.0):
-        sampling = Sampling(temperature=temperature, allowed_token_ids=(11,))
-        sequence = a_sequence(sampling, output=(), min_tokens=2, eos_token_ids=eos)
-        ends = [sequence.append(tokens_of(some_logits(1), [sequence])[0]) for _ in range(3)]
-        assert sequence.tokens[len(PROMPT) :] == [11, 11, 11]
-        assert [end is not None for end in ends] == [False, False, True]
+        sampling = Sampling(temperature=temperature, allowed_token_ids=(11, 12))
+        ends = frozenset({11, 12})
+        sequence = a_sequence(sampling, output=(), min_tokens=2, eos_token_ids=ends)
+        finishes = [sequence.append(tokens_of(logits, [sequence])[0]) for _ in range(3)]
+        assert sequence.tokens[len(PROMPT) :] == [12, 12, 12]  # the likelier of the two
+        assert [finish is not None for finish in finishes] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -349,6 +351,7 @@ def test_nan_and_infinite_logits_count_as_impossible_and_as_best() -> None:
     logits[1, 88] = math.inf
     logits[2, :] = -math.inf
     logits[2, 99] = -5.0
+    assert tokens_of(logits[:3], [a_sequence()] * 3) == [77, 88, 99]
     for temperature in (0.0, 1.0):
         sequences = [a_sequence(Sampling(temperature=temperature), logprobs=1) for _ in range(4)]
         sampled = sample(logits, sequences)
