@@ -41,7 +41,6 @@ from queueing.contract import GatewayQueue
 
 log = logging.getLogger(__name__)
 
-REST_SECONDS = 0.05  # how long a worker that had no room is left alone
 HANDOFF_TRIES = 3
 HANDOFF_PAUSE = 0.1
 
@@ -135,6 +134,7 @@ class Attempt:
                         self._attach(response.leased)
                     case "prefilled":
                         prefilled = response.prefilled
+                        peer.rest.well()
                         session.stages.queue = (
                             asked_at
                             - session.job.request.arrived_at
@@ -151,11 +151,12 @@ class Attempt:
     def _refused_by(self, peer: PrefillPeer, error: grpc.aio.AioRpcError) -> None:
         match error.code():
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                peer.resting_until = time.monotonic() + REST_SECONDS
+                peer.rest.busy(time.monotonic())
                 raise WorkerBusy(f"prefill worker {peer.record.id} has no room") from error
             case grpc.StatusCode.INVALID_ARGUMENT:
                 raise InvalidRequest.of("", error.details() or "refused by the worker") from error
             case code:
+                peer.rest.fault(time.monotonic())
                 raise WorkerFailed(f"prefill worker {peer.record.id}: {code.name}") from error
 
     def _attach(self, kv: KvRef) -> None:
@@ -204,6 +205,7 @@ class Attempt:
         stages = self._session.stages
         match event.WhichOneof("event"):
             case "reserved":
+                self._workers.decode.rest.well()
                 self._reserved.set()
             case "failed":
                 self._fail(self._slot_error(event.failed))
@@ -223,11 +225,12 @@ class Attempt:
         link = self._workers.decode
         match failed.code:
             case code_pb2.RESOURCE_EXHAUSTED:
-                link.resting_until = time.monotonic() + REST_SECONDS
+                link.rest.busy(time.monotonic())
                 return WorkerBusy(f"decode worker {link.record.id}: {failed.message}")
             case code_pb2.INVALID_ARGUMENT:
                 return InvalidRequest.of("", failed.message)
             case _:
+                link.rest.fault(time.monotonic())
                 return WorkerFailed(f"decode worker {link.record.id}: {failed.message}")
 
     def _fail(self, error: Exception) -> None:

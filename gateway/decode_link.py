@@ -24,6 +24,7 @@ from baton.internal.v1.worker_pb2 import (
 from baton.internal.v1.worker_pb2_grpc import DecodeServiceStub
 from baton.types import Load
 from gateway.outcome import WorkerFailed
+from gateway.rest import Rest
 from queueing.contract import WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class DecodeLink:
         self.record = record
         self.load: Load | None = record.load
         self.connected = False
-        self.resting_until = 0.0  # it had no room: leave it alone until then
+        self.rest = Rest()
         self.missing_since: float | None = None  # not in the registry
         self.heard_at = 0.0
         self._gateway_id = gateway_id
@@ -81,7 +82,7 @@ class DecodeLink:
         """It may be given new work."""
         draining = self.record.draining or (self.load is not None and self.load.draining)
         listed = self.missing_since is None and not draining
-        return self.connected and listed and now >= self.resting_until
+        return self.connected and listed and not self.rest.is_resting(now)
 
     def open(self, listener: SlotListener) -> int:
         """A new slot. Raises WorkerFailed when the stream is down."""

@@ -83,11 +83,7 @@ class Dispatcher:
             return
         now = time.monotonic()
         links = [link for link in self._fleet.decode.values() if link.accepts(now)]
-        helpers = [
-            peer
-            for peer in self._fleet.prefill.values()
-            if peer.missing_since is None and not peer.record.draining
-        ]
+        helpers = [peer for peer in self._fleet.prefill.values() if peer.is_usable(now)]
         paired = False
         for peer in sorted(helpers, key=lambda peer: peer.outstanding):
             matching = [link for link in links if _pair(peer.record, link.record)]

@@ -14,6 +14,7 @@ from baton import rpc
 from baton.errors import QueueError
 from baton.internal.v1.worker_pb2_grpc import PrefillServiceStub
 from gateway.decode_link import DecodeLink
+from gateway.rest import Rest
 from queueing.contract import GatewayQueue, Role, WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -30,15 +31,19 @@ class PrefillPeer:
     def __init__(self, record: WorkerRecord) -> None:
         self.record = record
         self.outstanding = 0  # prompts that this gateway has there
-        self.resting_until = 0.0
+        self.rest = Rest()
         self.missing_since: float | None = None  # not in the registry
         self._channel: grpc.aio.Channel = rpc.channel(record.address)
         self.stub = PrefillServiceStub(self._channel)
 
-    def accepts(self, now: float) -> bool:
-        """It may be given new work."""
+    def is_usable(self, now: float) -> bool:
+        """Requests may wait for it."""
         listed = self.missing_since is None and not self.record.draining
-        return listed and now >= self.resting_until
+        return listed and not self.rest.is_faulty(now)
+
+    def accepts(self, now: float) -> bool:
+        """It may be given new work now."""
+        return self.is_usable(now) and not self.rest.is_resting(now)
 
     @contextmanager
     def busy(self) -> Iterator[None]:
