@@ -220,7 +220,7 @@ class GrpcDialer:
 
 
 class GrpcPeer:
-    """A connected producer; see consumer.Peer."""
+    """A connected producer; see links.Peer."""
 
     def __init__(
         self,

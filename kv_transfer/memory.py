@@ -81,7 +81,7 @@ class MemoryDialer:
 
 
 class MemoryPeer:
-    """A connected producer; see consumer.Peer."""
+    """A connected producer; see links.Peer."""
 
     transport = "memory"
 

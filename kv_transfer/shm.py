@@ -28,6 +28,7 @@ import numpy as np
 
 from baton.errors import KvTransferError
 from kv_transfer.contract import BlockStore
+from kv_transfer.sockets import receive_exactly
 from kv_transfer.store import block_array
 from kv_transfer.transport import (
     INLINE_BYTES,
@@ -36,7 +37,6 @@ from kv_transfer.transport import (
     Run,
     Tokens,
     quiet,
-    receive_exactly,
 )
 
 F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; in Python's fcntl since 3.13

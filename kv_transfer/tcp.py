@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import select
 import socket
 import struct
 import time
@@ -23,16 +22,17 @@ from typing import Protocol
 from baton.errors import KvTransferError
 from kv_transfer.contract import BlockStore
 from kv_transfer.lease import LEASE_ID_BYTES
-from kv_transfer.store import block_array
-from kv_transfer.transport import (
-    TOKEN_BYTES,
-    DataEndpoint,
-    PeerLost,
-    Run,
-    Tokens,
-    quiet,
+from kv_transfer.sockets import (
+    abort,
+    prepare,
+    readable,
+    receive_all,
     receive_exactly,
+    send_all,
+    shut,
 )
+from kv_transfer.store import block_array
+from kv_transfer.transport import TOKEN_BYTES, DataEndpoint, PeerLost, Run, Tokens, quiet
 
 _HELLO = struct.Struct(f"!4s{TOKEN_BYTES}s")  # magic, token
 _REQUEST = struct.Struct(f"!4sII{LEASE_ID_BYTES}s")  # magic, first, count, lease
@@ -42,7 +42,6 @@ _OK, _GONE = 0, 1
 
 MAX_RUN_BYTES = 64 * 2**20
 """A request for more than this (and more than one block) is refused."""
-_VIEWS_PER_CALL = 64  # buffers in one sendmsg or recvmsg_into; the kernel takes 1024
 _HANDSHAKE_SECONDS = 5.0
 _MAX_CONNECTIONS = 256
 
@@ -197,12 +196,12 @@ class TcpReader:
         async with self._places:
             if self._closed:
                 raise PeerLost("data channel is closed")
-            sock = self._idle.pop() if self._idle else await self._connect()
+            sock = self._take_idle() or await self._connect()
             self._busy.add(sock)
             try:
                 await self._transfer(sock, run)
             except BaseException:
-                sock.close()  # whatever is still under way must not meet the next run
+                abort(sock)  # whatever is still under way must not meet the next run
                 raise
             finally:
                 self._busy.discard(sock)
@@ -215,6 +214,15 @@ class TcpReader:
             shut(sock)
         while self._idle:
             self._idle.pop().close()
+
+    def _take_idle(self) -> socket.socket | None:
+        """A connection that still stands: the producer says nothing on one that is idle."""
+        while self._idle:
+            sock = self._idle.pop()
+            if not readable(sock):
+                return sock
+            sock.close()
+        return None
 
     async def _connect(self) -> socket.socket:
         endpoint = await self._endpoint()
@@ -268,76 +276,6 @@ class TcpReader:
             raise PeerLost("data channel: a reply of the wrong length")
         views = [target.data for target in run.targets]
         receive_all(sock, views, self._stall, run.land)
-
-
-def prepare(sock: socket.socket, stall: float) -> None:
-    """Non-blocking, no delay, and unacknowledged or silent peers are given up by the kernel."""
-    sock.setblocking(False)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall * 1000))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(stall)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(stall / 3)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-
-
-def shut(sock: socket.socket) -> None:
-    """Break a connection under the thread that uses it: its calls return at once."""
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def send_all(sock: socket.socket, views: Sequence[memoryview], stall: float) -> None:
-    """Gather and send. Raises OSError, TimeoutError after `stall` seconds without progress."""
-    done, at = 0, 0  # views sent whole; bytes sent of the next one
-    while done < len(views):
-        batch = [views[done][at:], *views[done + 1 : done + _VIEWS_PER_CALL]]
-        try:
-            moved = sock.sendmsg(batch)
-        except BlockingIOError:
-            _wait(sock, select.POLLOUT, stall)
-            continue
-        done, at = _advance(views, done, at, moved)
-
-
-def receive_all(
-    sock: socket.socket,
-    views: Sequence[memoryview],
-    stall: float,
-    landed: Callable[[int], None] = lambda index: None,
-) -> None:
-    """Receive and scatter, naming each view to `landed` when it is whole. Raises OSError,
-    TimeoutError after `stall` seconds without progress."""
-    done, at = 0, 0
-    while done < len(views):
-        batch = [views[done][at:], *views[done + 1 : done + _VIEWS_PER_CALL]]
-        try:
-            moved, _, _, _ = sock.recvmsg_into(batch)
-        except BlockingIOError:
-            _wait(sock, select.POLLIN, stall)
-            continue
-        if not moved:
-            raise ConnectionError("connection ended")
-        before = done
-        done, at = _advance(views, done, at, moved)
-        for index in range(before, done):
-            landed(index)
-
-
-def _advance(views: Sequence[memoryview], done: int, at: int, moved: int) -> tuple[int, int]:
-    """The place in `views` after `moved` more bytes."""
-    at += moved
-    while done < len(views) and at >= views[done].nbytes:
-        at -= views[done].nbytes
-        done += 1
-    return done, at
-
-
-def _wait(sock: socket.socket, event: int, stall: float) -> None:
-    poll = select.poll()
-    poll.register(sock, event)
-    if not poll.poll(stall * 1000):
-        raise TimeoutError(f"no progress in {stall:g} s")
 
 
 async def _receive(sock: socket.socket, size: int, seconds: float | None) -> bytes:

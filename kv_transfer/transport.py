@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -135,18 +134,6 @@ async def in_time(work: Awaitable[T], seconds: float, what: str) -> T:
             return await work
     except TimeoutError:
         raise PeerLost(f"{what} took more than {seconds:g} s") from None
-
-
-async def receive_exactly(sock: socket.socket, size: int) -> bytes:
-    """`size` bytes from a non-blocking socket; raises ConnectionError at its end."""
-    loop = asyncio.get_running_loop()
-    data = b""
-    while len(data) < size:
-        part = await loop.sock_recv(sock, size - len(data))
-        if not part:
-            raise ConnectionError("connection ended")
-        data += part
-    return data
 
 
 class Tokens:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-import kv_transfer.consumer
+import kv_transfer.links
 from baton.errors import KvTransferError
 from baton.types import KvRef
 from kv_transfer.consumer import PullConsumer
@@ -229,10 +229,10 @@ async def test_a_cancelled_first_pull_does_not_cancel_the_dial_for_others(new_co
 async def test_connections_that_nobody_uses_are_closed(new_consumer, peer, ref, monkeypatch):
     consumer = new_consumer()
     await consumer.pull(ref(), range(4))
-    monkeypatch.setattr(kv_transfer.consumer, "_IDLE_SECONDS", -1.0)
+    monkeypatch.setattr(kv_transfer.links, "_IDLE_SECONDS", -1.0)
     await consumer.pull(ref(control_address="scripted:2"), range(4))
     await asyncio.sleep(0)
-    assert list(consumer._links) == ["scripted:2"]
+    assert consumer._links.addresses == ["scripted:2"]
     assert peer.closed
     await consumer.close()
 

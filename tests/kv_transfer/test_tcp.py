@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import socket
 import struct
@@ -18,7 +17,7 @@ from baton.errors import KvTransferError
 from kv_transfer import tcp
 from kv_transfer.digest import block_digest
 from kv_transfer.store import BufferStore, block_array
-from kv_transfer.tcp import TcpReader, TcpServer, receive_all, send_all
+from kv_transfer.tcp import TcpReader, TcpServer
 from kv_transfer.transport import DataEndpoint, PeerLost, Run
 
 SIZE = 65536
@@ -104,6 +103,35 @@ async def test_connections_are_used_again(store, server, reader):
         await reader.read(run)
         assert run.landed == 20
     assert len(server._tasks) == 2  # the listener and one connection
+
+
+async def test_what_a_failed_run_left_behind_does_not_meet_the_next_one(store, reader, leases):
+    for _ in range(3):
+        run = run_of(store, 0, 32)
+        run.digests[1] ^= 1
+        with pytest.raises(KvTransferError, match="digest mismatch in block 1"):
+            await reader.read(run)
+        await reader.read(run_of(store, 3, 5))
+
+
+async def test_a_consumer_that_closes_with_its_window_shut_is_noticed(server, leases, until):
+    server._stall = 60.0
+    raw = await connected(server)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for _ in range(8):
+        raw.sendall(tcp._REQUEST.pack(tcp._MAGIC, 0, 32, LEASE))
+    await until(lambda: leases.readers)
+    raw.shutdown(socket.SHUT_RDWR)
+    await until(lambda: not leases.readers, 2.0)
+    raw.close()
+
+
+async def test_a_connection_that_ended_while_idle_is_replaced(store, server, reader):
+    await reader.read(run_of(store, 0, 4))
+    for peer in [task for task in server._tasks if "_serve" in repr(task)]:
+        peer.cancel()
+    await asyncio.sleep(0.02)
+    await reader.read(run_of(store, 4, 4))
 
 
 async def test_a_lease_that_is_gone_is_said_so_and_the_next_read_works(store, server, reader):
@@ -226,31 +254,6 @@ async def test_nobody_listening_is_an_error(store):
         reader = TcpReader(endpoint, block_bytes=SIZE, stall=1.0, threads=threads)
         with pytest.raises(PeerLost):
             await reader.read(run_of(store, 0, 1))
-
-
-def test_scatter_and_gather_agree_whatever_the_pieces():
-    numbers = random.Random(4)
-    for _ in range(10):
-        payload = numbers.randbytes(300_000)
-        left, right = socket.socketpair()
-        with left, right:
-            left.setblocking(False)
-            right.setblocking(False)
-            views = [memoryview(piece) for piece in pieces(payload, numbers)]
-            received = bytearray(len(payload))
-            targets = pieces(memoryview(received), numbers)
-            landed: list[int] = []
-            sender = threading.Thread(target=send_all, args=(left, views, 5.0))
-            sender.start()
-            receive_all(right, targets, 5.0, landed.append)
-            sender.join()
-            assert received == payload
-            assert landed == list(range(len(targets)))
-
-
-def pieces(whole, numbers: random.Random):
-    cuts = [0, *sorted(numbers.sample(range(1, len(whole)), 150)), len(whole)]
-    return [whole[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def test_the_reply_header_has_a_fixed_size():
