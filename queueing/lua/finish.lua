@@ -5,7 +5,7 @@ local id, nonce, outcome, generated, fence = ARGV[2], ARGV[3], ARGV[4], tonumber
 local r = load_request(id)
 if not r then return 0 end
 if not is_live(r) then
-  return redis.call('HGET', request_key(id), 'nonce') == nonce and 1 or 0 -- the first reply was lost
+  return r.nonce == nonce and 1 or 0 -- the first reply was lost
 end
 if fence ~= '' and not is_claimed_under(r, fence) then return 0 end
 end_request(r, outcome, generated)

@@ -4,7 +4,7 @@ drain_first()
 local t, id, fence, generated, fault = clock(), ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5] == '1'
 local r = load_request(id)
 if not r or not is_live(r) then return 0 end
-if redis.call('HGET', request_key(id), 'given_back') == fence then return 1 end -- the first reply was lost
+if r.given_back == fence then return 1 end -- the first reply was lost
 if not is_claimed_under(r, fence) then return 0 end
 r.generated = math.max(generated, r.generated)
 redis.call('HSET', request_key(id), 'generated', r.generated, 'given_back', fence)

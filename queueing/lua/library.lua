@@ -5,11 +5,6 @@
 -- them. Scripts check their arguments before the first write, because Redis rolls nothing back.
 -- Scripts that must work on a full server begin with drain_first().
 
-local FIELDS = {
-  'state', 'gateway', 'tenant', 'priority', 'prompt', 'cached', 'deadline', 'queued_at', 'level',
-  'spent', 'generated', 'faults', 'fence', 'worker', 'epoch', 'tokens', 'served', 'handed',
-}
-
 local function whole(x) return string.format('%.0f', x) end
 
 local function clock()
@@ -35,19 +30,23 @@ local function next_fence(t)
   return whole(fence)
 end
 
--- States: Q waiting, P with a prefill worker, D with a decode worker; ended: F, E, C, T.
-local function is_live(r) return r.state == 'Q' or r.state == 'P' or r.state == 'D' end
-
+-- A request as its fields, all strings except the level; nil when unknown. HGETALL, because finding
+-- fields by name in a small hash is slower than reading it whole.
 local function load_request(id)
-  local values = redis.call('HMGET', request_key(id), unpack(FIELDS))
+  local values = redis.call('HGETALL', request_key(id))
   if not values[1] then return nil end
   local r = { id = id }
-  for i, name in ipairs(FIELDS) do r[name] = values[i] end
+  for i = 1, #values, 2 do r[values[i]] = values[i + 1] end
   r.level = tonumber(r.level)
   return r
 end
 
-local function is_claimed_under(r, fence) return r.fence == fence and (r.state == 'P' or r.state == 'D') end
+-- States: Q waiting, P with a prefill worker, D with a decode worker; ended: F, E, C, T.
+local function is_claimed(r) return r.state == 'P' or r.state == 'D' end
+
+local function is_live(r) return r.state == 'Q' or is_claimed(r) end
+
+local function is_claimed_under(r, fence) return is_claimed(r) and r.fence == fence end
 
 -- Priority first, then level, then arrival. Each pair of priority and level is a band with a queue
 -- of its own and `bands` sorts them: one composite score cannot hold all three in 53 bits.

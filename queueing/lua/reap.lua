@@ -16,7 +16,7 @@ end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, limit)) do
   local r = load_request(id)
-  if r and (r.state == 'P' or r.state == 'D') then requeue_and_tell(r, t, true)
+  if r and is_claimed(r) then requeue_and_tell(r, t, true)
   else redis.call('ZREM', LEASES, id) end
 end
 

@@ -9,7 +9,8 @@ redis.call('ZADD', WORKERS, t + tonumber(w[2]), worker)
 redis.call('HSET', worker_key(worker), 'load', ARGV[4])
 
 -- Without settings (the server has just lost its data) nobody is demoted.
-local levels, quantum, ratio = setting('levels', 1), setting('quantum', 1), setting('ratio', 1)
+local c = redis.call('HMGET', CONFIG, 'levels', 'quantum', 'ratio')
+local levels, quantum, ratio = tonumber(c[1] or 1), tonumber(c[2] or 1), tonumber(c[3] or 1)
 local expiry = t + setting('lease_ttl', 10) * 1000000
 
 local function charge(r, generated, served)

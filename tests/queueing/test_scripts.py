@@ -140,7 +140,7 @@ async def test_nonsense_from_the_server_is_a_queue_error(redis_url: str, pool: s
 
 @pytest.mark.parametrize("script", ["claim", "finish", "give_back", "handoff", "heartbeat", "reap"])
 def test_every_key_in_a_script_comes_from_the_table(script: str):
-    body = source(script).split("local FIELDS", 1)[1]
+    body = source(script).split("local function whole", 1)[1]
     assert keys.prefix("p") == "baton:{p}:"
     assert "baton:" not in body
     assert body.count("PREFIX") == 1  # the name that drain_first() frees, which never exists

@@ -42,7 +42,7 @@ RULES: list[tuple[int, str, dict[str, Sequence[Any]]]] = [
         {
             "gateway": GATEWAYS,
             "tenant": "ab",
-            "prompt": [1, 60, 60, 90, 91, 300, 390, 391, 700],
+            "prompt": [1, 60, 60, 90, 91, 300, 390, 391, 700, 1700],
             "cached": [0, 0, 1, 59],
             "priority": [0, 0, 0, -1, 2],
             "ttl": [None, None, 3.0],
