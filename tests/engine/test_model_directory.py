@@ -113,6 +113,37 @@ def test_checkpoints_of_the_bare_opt_decoder_are_understood(
     model.assert_generates(PROMPT, sequence.tokens[len(PROMPT) :])
 
 
+@pytest.mark.parametrize("name", ["rope-linear", "rope-dynamic", "rope-llama3", "rope-yarn"])
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_rope_scaling_is_read_as_older_checkpoints_write_it(
+    name: str, kind: str, tiny: Callable[..., Any], drive: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny(name)
+    directory = Path(shutil.copytree(model.path, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = scaling | {kind: scaling.pop("rope_type")}
+    (directory / "config.json").write_text(json.dumps(config))
+    driver = drive(directory)
+    prompt = PROMPT * 7  # longer than the trained length of all of them
+    sequence = driver.add(prompt, 12)
+    driver.run()
+    model.assert_generates(prompt, sequence.tokens[len(prompt) :])
+
+
+def test_a_configuration_without_rope_has_the_usual_one(
+    tiny: Callable[..., Any], drive: Callable[..., Any], directory: Path
+) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    del config["rope_parameters"]
+    (directory / "config.json").write_text(json.dumps(config))
+    driver = drive(directory)
+    sequence = driver.add(PROMPT, 12)
+    driver.run()
+    tiny("llama").assert_generates(PROMPT, sequence.tokens[len(PROMPT) :])
+
+
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory"):
         load_executor(tmp_path / "nowhere")
