@@ -1,7 +1,7 @@
 """A Redis server of our own: a child process on a private unix socket, gone when we are gone.
 
 For one host only. It listens on no port, keeps an append-only file while it runs, and leaves
-nothing behind.
+nothing behind; only a parent that is killed leaves its directory among the temporary files.
 """
 
 from __future__ import annotations

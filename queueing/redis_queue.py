@@ -189,7 +189,9 @@ class RedisGatewayQueue:
         settings = asdict(self._settings)
         fields = [part for name, value in settings.items() for part in (name, repr(value))]
         lifetime = _microseconds(self._settings.gateway_ttl)
-        return bool(await self._scripts.run("heartbeat", self._gateway, _nonce(), lifetime, *fields))
+        return bool(
+            await self._scripts.run("heartbeat", self._gateway, _nonce(), lifetime, *fields)
+        )
 
 
 class RedisWorkerQueue:

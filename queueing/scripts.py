@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha1
@@ -79,15 +80,22 @@ class Scripts:
         """
         now = "" if self._clock is None else round(self._clock() * 1e6)
         parameters = (1, self._prefix, now, *arguments)
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         try:
             try:
-                return await self._redis.evalsha(_digest(name), *parameters)  # type: ignore[arg-type]
+                reply = await self._redis.evalsha(_digest(name), *parameters)  # type: ignore[arg-type]
             except NoScriptError:
-                return await self._redis.eval(source(name), *parameters)  # type: ignore[arg-type]
+                reply = await self._redis.eval(source(name), *parameters)  # type: ignore[arg-type]
         except OutOfMemoryError as error:
             raise Overloaded("the queue's memory is full", subject="queue memory") from error
         except (RedisError, OSError) as error:
             raise QueueError(f"the queue does not answer ({type(error).__name__})") from error
+        if task and task.cancelling() > cancellations:
+            # redis-py sends inside asyncio.wait_for, which before Python 3.12 loses a cancellation
+            # that comes in the moment the send ends. A task that was cancelled must not go on.
+            raise asyncio.CancelledError
+        return reply
 
     async def close(self) -> None:
         """Close the connections."""
