@@ -139,6 +139,25 @@ def test_a_sequence_that_nobody_gives_a_block_to_leaves_its_token_to_a_prompt(
     assert worker.step()[0] == {("stuck", 0): 1}
 
 
+def test_a_prompt_gets_its_blocks_only_when_a_pass_has_tokens_for_it(worker, make_request) -> None:
+    worker.submit(make_request("a", prompt=12))
+    (waits,) = worker.submit(make_request("b", prompt=12))
+    worker.step()
+    assert waits.phase is Phase.WAITING
+    worker.step()
+    assert waits.phase is Phase.RUNNING
+
+
+def test_nobody_gives_way_to_a_sequence_that_the_pass_has_no_token_for(make_request) -> None:
+    capacity = Capacity(blocks=4, block_size=4, max_tokens=1, max_sequences=4, max_context=12)
+    worker = Worker(capacity)
+    sequences = [worker.scheduler.reserve(make_request(id, 4, 8), 0.0) for id in "abcd"]
+    for sequence in sequences:
+        worker.scheduler.arrived(sequence, 1, 0.0)
+    worker.step()
+    assert [s.preemptions for s in sequences] == [0, 0, 0, 1]
+
+
 def test_nobody_overtakes_a_request_that_waits_for_blocks(worker, make_request) -> None:
     worker.submit(make_request("holds", prompt=8, most=20))
     worker.step()
@@ -352,6 +371,13 @@ def test_blocks_of_an_aborted_hand_off_stay_in_quarantine_until_the_transfer_is_
     worker.scheduler.quiet(sequence)
     worker.scheduler.check_integrity()
     assert worker.scheduler.load() == Load(0, 0, 16, 16)
+
+
+def test_only_an_aborted_sequence_can_be_quiet(worker, make_request) -> None:
+    sequence = worker.scheduler.reserve(make_request("a", prompt=9), 0.0)
+    worker.scheduler.quiet(sequence)
+    assert worker.free == 13
+    worker.scheduler.check_integrity()
 
 
 # -- While a pass runs ---------------------------------------------------------------------
