@@ -19,6 +19,7 @@ from queueing import keys
 
 SOCKET_TIMEOUT = 0.5  # seconds without an answer
 RETRIES = 2  # after a connection error or time-out; safe because every script is idempotent
+CALL_SECONDS = 2.0  # for one call in all, retries and reconnecting included
 CONNECTIONS = 16
 
 _SCHEMES = ("redis://", "rediss://", "unix://")
@@ -83,10 +84,11 @@ class Scripts:
         task = asyncio.current_task()
         cancellations = task.cancelling() if task else 0
         try:
-            try:
-                reply = await self._redis.evalsha(_digest(name), *parameters)  # type: ignore[arg-type]
-            except NoScriptError:
-                reply = await self._redis.eval(source(name), *parameters)  # type: ignore[arg-type]
+            async with asyncio.timeout(CALL_SECONDS):
+                try:
+                    reply = await self._redis.evalsha(_digest(name), *parameters)  # type: ignore[arg-type]
+                except NoScriptError:
+                    reply = await self._redis.eval(source(name), *parameters)  # type: ignore[arg-type]
         except OutOfMemoryError as error:
             raise Overloaded("the queue's memory is full", subject="queue memory") from error
         except (RedisError, OSError) as error:
