@@ -169,7 +169,7 @@ class MemoryPeer:
         """Writes that were under way when the run was told to stop."""
         end = asyncio.get_running_loop().time() + self._network.faults.late
         while asyncio.get_running_loop().time() < end:
-            target[:] ^= 0xFF
+            target[:] += 1
             await asyncio.sleep(0.005)
 
     async def _wait(self, run: Run, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ async def test_cancellation_waits_for_the_thread():
 
     def work() -> None:
         stop.wait(5.0)
+        time.sleep(0.1)  # what it was in the middle of
         ended.set()
 
     future = asyncio.get_running_loop().run_in_executor(None, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -131,6 +132,31 @@ async def test_a_cancelled_pull_is_quiet_when_it_ends_and_frees_the_source(
         await pull
     assert not pair.copied(range(60), range(60))  # it was met in its middle
     await assert_quiet(pair)
+    await until(lambda: pair.freed == [ref.lease_id])
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])  # memory has no threads; see test_memory
+async def test_a_cancelled_pull_ends_only_after_its_thread(pair, monkeypatch, until):
+    entered, leave = threading.Event(), threading.Event()
+    digest = kv_transfer.transport.block_digest
+
+    def held(block, position):
+        if position == 3:
+            entered.set()
+            leave.wait(10.0)
+        return digest(block, position)
+
+    monkeypatch.setattr(kv_transfer.transport, "block_digest", held)
+    ref = pair.publish(range(60))
+    pull = asyncio.create_task(pair.consumer.pull(ref, range(60)))
+    await until(entered.is_set)
+    for _ in range(3):
+        pull.cancel()
+        await asyncio.sleep(0.05)
+    assert not pull.done()
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await pull
     await until(lambda: pair.freed == [ref.lease_id])
 
 
