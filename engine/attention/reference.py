@@ -80,6 +80,8 @@ class TorchAttention:
         keys, values = cache.keys(layer), cache.values(layer)
         keys[self._slots] = k
         values[self._slots] = v
+        if len(work.singles) == 1 and not work.prompts:
+            return _attend_singles(q, keys, values, work.singles[0], scale, softcap)
         mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in work.singles:
             mixed[group.rows] = _attend_singles(q[group.rows], keys, values, group, scale, softcap)
