@@ -34,7 +34,7 @@ from queueing.embedded import EmbeddedRedis
 
 GATEWAY = "gateway"
 SECRETS = {"redis_url"}  # passed in the environment: everybody can read a command line
-STOP_MARGIN = 3.0  # seconds for a process to stop, beyond the time that requests get to finish
+STOP_MARGIN = 5.0  # seconds for a process to stop, beyond the time that requests get to finish
 
 _KINDS: dict[str, type[ProcessConfig]] = {
     "gateway": GatewayConfig,

@@ -20,12 +20,17 @@ async def until_serving(address: str, service: str = "") -> None:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         while True:
+            watch = stub.Watch(request, wait_for_ready=True)
             try:
-                async for answer in stub.Watch(request, wait_for_ready=True):
+                # Not `async for`: leaving that keeps the connection until the garbage is collected.
+                # (EOF, which the stubs do not know, has no status SERVING either.)
+                while (answer := await watch.read()) != grpc.aio.EOF:  # type: ignore[attr-defined]
                     if answer.status == health_pb2.HealthCheckResponse.SERVING:
                         return
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(RETRY_SECONDS)
+            finally:
+                watch.cancel()
 
 
 async def run(address: str, service: str, timeout: float) -> int:

@@ -154,8 +154,8 @@ def summary(answers: Sequence[Answer], wall: float) -> RenderableType:
     tokens = sum(answer.output_tokens for answer in answers)
     prompts = sum(answer.prompt_tokens for answer in answers)
     totals = (
-        f"{len(answers)} requests at once: {prompts} prompt tokens, {tokens} output tokens in "
-        f"{wall:.2f} s, {tokens / wall:.1f} output tokens/s"
+        f"{len(answers)} requests at once: {prompts} prompt and {tokens} output tokens\n"
+        f"{wall:.2f} s in all, {tokens / wall:.1f} output tokens/s"
     )
     return Group(table, Text(totals))
 

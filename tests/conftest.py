@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from queueing.embedded import EmbeddedRedis
+from tests.cluster import cluster
+
+__all__ = ["cluster"]
 
 
 @pytest.fixture(scope="session")
