@@ -6,7 +6,8 @@ local prompt, cached, priority = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(
 
 local before = redis.call('HMGET', request_key(id), 'nonce', 'first_level')
 if before[1] == nonce then return { 'OK', before[2] } end -- the first reply was lost
-if redis.call('EXISTS', request_key(id)) == 1 then return { 'EXISTS' } end
+local old = load_request(id)
+if old and is_live(old) then return { 'EXISTS' } end
 if not redis.call('ZSCORE', GATEWAYS, gateway) then return { 'UNKNOWN' } end
 
 local c = redis.call('HMGET', CONFIG, 'levels', 'quantum', 'ratio', 'prefill_seconds_base',
@@ -34,6 +35,10 @@ redis.call('HSET', request_key(id), 'state', 'Q', 'gateway', gateway, 'tenant', 
   'priority', priority, 'prompt', prompt, 'cached', cached, 'deadline', deadline, 'queued_at', whole(t),
   'level', level, 'first_level', level, 'spent', 0, 'generated', 0, 'faults', 0, 'fence', '0',
   'worker', '', 'epoch', '0', 'tokens', 0, 'served', 0, 'handed', '', 'nonce', nonce)
+if old then -- an ended request had this name, and its record an end
+  redis.call('PERSIST', request_key(id))
+  redis.call('HDEL', request_key(id), 'given_back')
+end
 redis.call('HINCRBY', TENANTS, tenant, 1)
 redis.call('ZADD', live_key(gateway), deadline == '' and '+inf' or deadline, id)
 enqueue({ id = id, level = level, priority = priority, prompt = prompt, queued_at = whole(t) })

@@ -193,7 +193,7 @@ class History:
         deadline = None if ttl is None else model.now + int(ttl * SECOND)
         new = Entry(id, gateway, tenant, priority, prompt, cached, deadline, model.now, 0)
         call = self.gateways[gateway].submit(submission)
-        if id in model.requests:
+        if id in model.requests and model.requests[id].live:
             with pytest.raises(AlreadyExists):
                 self.runner.run(call)
         elif subject := model.refusal(tenant, prompt):
