@@ -40,7 +40,8 @@ _ROLES = {
 
 
 class AdminService(model_pb2_grpc.AdminServiceServicer):
-    """Queue and registry are the pool's; running requests and their rate are this gateway's."""
+    """The queue is the pool's; workers, running requests and their rate are as this gateway sees
+    them."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -75,8 +76,8 @@ class AdminService(model_pb2_grpc.AdminServiceServicer):
         )
 
     async def _status(self) -> ClusterStatus:
-        queue = self._gateway.queue
-        levels, workers = await asyncio.gather(queue.depth(), queue.workers())
+        levels = await self._gateway.queue.depth()
+        workers = self._gateway.fleet.records  # those it gives work to, as of its last look
         return ClusterStatus(
             levels=[
                 QueueLevel(
