@@ -190,6 +190,7 @@ class DecodeWorker:
                 self._tell(slot, event)
         for link in touched:
             link.flush(self.engine.steps)
+        self._metrics.preemptions(self._scheduler.preemptions)
         self._metrics.load(self.load())
 
     def _tell(self, slot: Slot, event: DecodeEvent) -> None:

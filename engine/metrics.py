@@ -29,6 +29,7 @@ class EngineMetrics:
         self.preempted = Counter(
             own("preemptions"), "sequences preempted by recompute", registry=registry
         )
+        self._preempted = 0
         self.running = Gauge(own("sequences_running"), "sequences in the batch", registry=registry)
         self.waiting = Gauge(own("sequences_waiting"), "sequences waiting", registry=registry)
         self.blocks_used = Gauge(own("kv_blocks_used"), "KV blocks in use", registry=registry)
@@ -40,6 +41,11 @@ class EngineMetrics:
         self.step_sequences.observe(len(plan.chunks))
         self.step_seconds.observe(seconds)
         self.sampled.inc(sum(chunk.sample for chunk in plan.chunks))
+
+    def preemptions(self, total: int) -> None:
+        """`total` sequences were preempted since the start."""
+        self.preempted.inc(total - self._preempted)
+        self._preempted = total
 
     def load(self, load: Load) -> None:
         """Show how busy the worker is."""

@@ -198,6 +198,11 @@ class DecodeScheduler:
 
     # -- Facts -----------------------------------------------------------------------------
 
+    @property
+    def preemptions(self) -> int:
+        """Sequences that gave up their blocks to be recomputed, since the start."""
+        return self._kv.preemptions
+
     def load(self) -> Load:
         """How busy this worker is. Sequences whose KV is on its way count as running."""
         return Load(

@@ -36,6 +36,7 @@ class Residency:
         self.running: list[Sequence] = []
         self.incoming: list[Sequence] = []  # dropped ones too, until their transfer is quiet
         self.head_blocked = False  # the next one to admit found too few free blocks
+        self.preemptions = 0  # since the start
 
     # -- Moves -----------------------------------------------------------------------------
 
@@ -167,6 +168,7 @@ class Residency:
         self._free(sequence)
         self.running.remove(sequence)
         sequence.preemptions += 1
+        self.preemptions += 1
         sequence.move(Phase.WAITING)
         self.waiting.append(sequence)
 

@@ -9,7 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Stack:
     gateway: GatewayServer
     prefill: list[PrefillServer]
     decode: list[DecodeServer]
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    metrics: CollectorRegistry  # the gateway's
+    decode_metrics: list[CollectorRegistry]
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
@@ -87,16 +88,17 @@ def run_stack(redis_url: str) -> Run:
                 exits.push_async_callback(server.stop, *stop)
                 return server
 
+            registries = [CollectorRegistry() for _ in range(decode)]
             # Stopped in reverse: the gateway first, while its workers are still there.
             decoders = [
                 await start(
                     DecodeServer(
                         config.load(config.DecodeConfig, worker | (decode_settings or {})),
-                        CollectorRegistry(),
+                        registry,
                     ),
                     0.0,
                 )
-                for _ in range(decode)
+                for registry in registries
             ]
             prefillers = [
                 await start(
@@ -108,7 +110,7 @@ def run_stack(redis_url: str) -> Run:
             settings = config.load(config.GatewayConfig, shared | (gateway_settings or {}))
             registry = CollectorRegistry()
             gateway = await start(GatewayServer(settings, model, GatewayMetrics(registry)), 0.0)
-            stack = Stack(gateway.address, gateway, prefillers, decoders, registry)
+            stack = Stack(gateway.address, gateway, prefillers, decoders, registry, registries)
             async with stack.client() as client:
                 await _until_it_answers(client)
             yield stack

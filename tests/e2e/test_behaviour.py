@@ -248,7 +248,7 @@ async def test_counters_and_histograms_tell_what_happened(stack: Stack, client: 
     await client.generate_unary([5, 6, 7], max_tokens=8, ignore_eos=True)
     with contextlib.suppress(InvalidRequest):
         await client.generate_unary([5], max_tokens=0)
-    exposed = generate_latest(stack.registry).decode()
+    exposed = generate_latest(stack.metrics).decode()
     for name in (
         "baton_requests_total",
         "baton_prompt_tokens_total",

@@ -17,7 +17,7 @@ from tests.engine.conftest import CONFIGS, VOCAB, TinyModel, save_model
 from tests.engine.test_hf import LIMIT, SERVED
 
 LENGTHS = (1, 2, 15, 16, 17, 33, 63, 64, 90)
-# Block size, token budget, KV blocks of the decode worker: the last two make it preempt.
+# Block size, token budget, KV blocks of the decode worker.
 SETTINGS = {"block 1": (1, 7, 420), "block 16": (16, 13, 14), "block 64": (64, 512, 4)}
 NATIVE = ["llama", "mistral-window", "qwen2", "qwen3", "opt", "rope-yarn"]
 FALLBACK = ["gpt2", "gpt_neox", "gemma2", "phi3", "starcoder2", "olmo2"]
@@ -73,6 +73,28 @@ async def test_greedy_tokens_through_the_whole_path_equal_transformers(
         model.assert_generates(prompt, output[0])
         seen.update(output[0])
     assert len(seen) > 10  # a model that repeats itself would prove little
+
+
+@pytest.mark.parametrize("name", [*NATIVE, *FALLBACK])
+async def test_preempted_sequences_go_on_as_if_nothing_had_happened(
+    name: str, run_stack: Run, tmp_path: Path
+) -> None:
+    model, limit = make(name, tmp_path)
+    prompts = [[10 + i + j for j in range(8)] for i in range(6)]
+    new = limit - 8
+    blocks = -(-limit // 4) + 6  # one of them fits, and six short ones fit at first
+    async with run_stack(
+        tmp_path, block_size=4, max_batch_tokens=16, dtype="float32", kv_blocks=blocks
+    ) as stack:
+        async with stack.client() as client:
+            work = (generate(client, prompt, max_tokens=new) for prompt in prompts)
+            outputs = await asyncio.gather(*work)
+        await stack.quiet()
+        preempted = stack.decode_metrics[0].get_sample_value("baton_decode_preemptions_total")
+    assert preempted
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output[0]) == new
+        model.assert_generates(prompt, output[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
