@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
