@@ -43,7 +43,8 @@ async def _demo(config: ServeConfig, console: Console) -> int:
         asked = time.perf_counter()
         with screen_for(console, answers) as screen:
             await ask_all(cluster.address, answers, screen)
-        console.print(summary(answers, wall=time.perf_counter() - asked))
+        wall = time.perf_counter() - asked
+        console.print(summary(answers, wall, console.width))
     failed = [answer for answer in answers if answer.error]
     for answer in failed:
         console.print(f"{answer.question.text} {answer.error}", style="red", markup=False)

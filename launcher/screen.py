@@ -19,6 +19,8 @@ from rich.text import Text
 from baton.v1 import generation_pb2 as api
 from launcher.questions import Answer
 
+FIGURES_WIDTH = 60  # of the table's columns after the first
+
 
 class Screen(Protocol):
     """Shows answers while they grow."""
@@ -142,15 +144,18 @@ class Lines:
             self._console.print(f"[{number}] {line.rstrip()}", markup=False, highlight=False)
 
 
-def summary(answers: Sequence[Answer], wall: float) -> RenderableType:
-    """One row for each answer, and the totals. `wall` is in seconds."""
-    table = Table(title="tokens, then milliseconds", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("request", min_width=12)
+def summary(answers: Sequence[Answer], wall: float, width: int) -> RenderableType:
+    """One row for each answer, and the totals. `wall` is in seconds, `width` in characters."""
+    title = "tokens in and out, then milliseconds"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("request", no_wrap=True)
     for name in ("prompt", "output", "queue", "prefill", "KV", "TTFT", "TPOT"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("finish", no_wrap=True)
     for number, answer in enumerate(answers, 1):
-        table.add_row(f"{number}. {answer.question.text}", *_figures(answer))
+        label = Text(f"{number}. {answer.question.text}")
+        label.truncate(max(10, width - FIGURES_WIDTH), overflow="ellipsis")
+        table.add_row(label, *_figures(answer))
     tokens = sum(answer.output_tokens for answer in answers)
     prompts = sum(answer.prompt_tokens for answer in answers)
     totals = (

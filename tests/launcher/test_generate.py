@@ -177,7 +177,7 @@ async def test_the_table_has_the_figures_of_each_request_and_the_totals(address:
     with Lines(Console(file=io.StringIO()), answers) as screen:
         await ask_all(address, answers, screen)
     console = Console(file=io.StringIO(), width=140)
-    console.print(summary(answers, wall=2.0))
+    console.print(summary(answers, 2.0, console.width))
     text = console.file.getvalue()
     row = next(line for line in text.splitlines() if QUESTIONS[0].text in line)
     assert row.split()[-8:] == ["9", "8", "1.5", "20.0", "3.0", "25.0", "10.0", "stop"]
@@ -192,7 +192,7 @@ async def test_a_request_that_failed_is_in_the_table(script: Scripted, address: 
         await ask_all(address, answers, screen)
     assert answers[0].error.startswith("RESOURCE_EXHAUSTED: full")
     console = Console(file=io.StringIO(), width=140)
-    console.print(summary(answers, wall=1.0))
+    console.print(summary(answers, 1.0, console.width))
     assert "error" in console.file.getvalue()
 
 

@@ -119,9 +119,12 @@ def test_the_demo_answers_shows_its_figures_and_leaves_nothing():
     for number in range(1, 9):
         assert f"\n[{number}] " in result.stdout
     rows = [
-        line.split() for line in result.stdout.splitlines() if line.endswith((" stop", " length"))
+        line.split()
+        for line in result.stdout.splitlines()
+        if line.strip().endswith((" stop", " length"))
     ]
     assert len(rows) == 8
+    assert all(float(kv) > 0 for *_, kv, _, _, _ in rows), "the KV was handed over"
     for process in psutil.process_iter():
         if process.pid not in before:
             assert "valkey" not in process.name(), "left running"
