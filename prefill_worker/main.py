@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import telemetry
 from baton.config import PrefillConfig, require_loopback
+from baton.errors import ConfigError
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.process import unique_id
 from baton.rpc import Server
@@ -38,11 +39,14 @@ class PrefillServer:
         Raises ConfigError and ModelError.
         """
         require_loopback(config.address, insecure_network=config.insecure_network)
+        if config.device != "cpu":
+            raise ConfigError(
+                f"--device {config.device}: KV is handed over from host memory only; a decode "
+                "worker without prefill workers can run there"
+            )
         server = Server(config.address)
         address = config.advertise_address or server.address
-        self._pools: list[SharedPool] = []
-        # The KV pool of a CPU worker lies in memory that decode workers on this host can map.
-        executor = executor_from(config, buffer=self._share if config.device == "cpu" else None)
+        executor = executor_from(config, buffer=self._share)
         executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         self._producer = LeaseProducer(
@@ -50,7 +54,7 @@ class PrefillServer:
             layout,
             control_address=address,
             on_freed=lambda lease_id: self.worker.on_freed(lease_id),
-            shared=self._pools[0] if self._pools else None,
+            shared=self._pool,
             data_address=config.kv_address,
             time_to_live=config.kv_lease_seconds,
         )
@@ -74,8 +78,9 @@ class PrefillServer:
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 
     def _share(self, size: int) -> memoryview:
-        self._pools.append(SharedPool(size))
-        return self._pools[0].buffer
+        """Memory for the KV pool that decode workers on this host can map."""
+        self._pool = SharedPool(size)
+        return self._pool.buffer
 
     async def start(self) -> None:
         """Join the cluster."""
@@ -92,8 +97,7 @@ class PrefillServer:
         await self._membership.leave(drain_seconds)
         await self.worker.stop()
         await self._producer.close()
-        for pool in self._pools:
-            pool.close()
+        self._pool.close()
 
 
 async def run(config: PrefillConfig) -> None:

@@ -44,6 +44,7 @@ def load_executor(
     Raises ModelError if the directory cannot be served, ConfigError if the parameters make no
     sense together.
     """
+    _require(device)
     limits = Threads(threads)
     limits.apply()
     config = read_config(path)
@@ -91,6 +92,13 @@ def executor_from(
         threads=config.threads,
         buffer=buffer,
     )
+
+
+def _require(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ConfigError(f"--device {device}: not to be had here: {error}") from error
 
 
 def _context(model: PagedModel, max_context: int) -> int:

@@ -1,0 +1,24 @@
+"""Settings that cannot work are refused with the flag's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from baton.errors import ConfigError
+from engine.model.load import load_executor
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+def test_a_device_that_is_not_there_is_refused(device: str, tiny: Callable[[str], Any]) -> None:
+    with pytest.raises(ConfigError, match=f"--device {device}"):
+        load_executor(tiny("llama").path, device=device)
+
+
+def test_a_context_beyond_the_model_is_refused(tiny: Callable[[str], Any]) -> None:
+    with pytest.raises(ConfigError, match="--max-context 129"):
+        load_executor(tiny("llama").path, max_context=129)
