@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.1
 MAX_RECONNECT_SECONDS = 2.0
+MAX_RESERVING = 16  # requests that wait for the worker's word on room: a full one refuses them all
 
 
 class SlotListener(Protocol):
@@ -65,6 +66,7 @@ class DecodeLink:
         self._gateway_id = gateway_id
         self._on_change = on_change
         self._listeners: dict[int, SlotListener] = {}
+        self._reserving: set[int] = set()  # slots the worker has not answered for
         self._numbers = itertools.count(1)
         self._commands: asyncio.Queue[DecodeRequest] = asyncio.Queue()
 
@@ -78,11 +80,23 @@ class DecodeLink:
         """KV blocks that were free at the last word from the worker."""
         return self.record.capacity_blocks if self.load is None else self.load.free_blocks
 
+    @property
+    def pressure(self) -> int:
+        """Sequences on the worker, and requests that are on their way to it."""
+        load = self.load
+        return len(self._reserving) + (load.running + load.waiting if load else 0)
+
+    @property
+    def openings(self) -> int:
+        """Requests that may be sent before the worker answers for earlier ones."""
+        return max(0, MAX_RESERVING - len(self._reserving))
+
     def accepts(self, now: float) -> bool:
         """It may be given new work."""
         draining = self.record.draining or (self.load is not None and self.load.draining)
         listed = self.missing_since is None and not draining
-        return self.connected and listed and not self.rest.is_resting(now)
+        rested = not self.rest.is_resting(now)
+        return self.connected and listed and rested and self.openings > 0
 
     def open(self, listener: SlotListener) -> int:
         """A new slot. Raises WorkerFailed when the stream is down."""
@@ -90,6 +104,7 @@ class DecodeLink:
             raise WorkerFailed(f"decode worker {self.record.id} is not connected")
         slot = next(self._numbers)
         self._listeners[slot] = listener
+        self._reserving.add(slot)
         return slot
 
     def send(self, command: DecodeRequest) -> None:
@@ -98,6 +113,7 @@ class DecodeLink:
 
     def close(self, slot: int) -> None:
         """Forget a slot and have the worker free it. Harmless when it is gone already."""
+        self._reserving.discard(slot)
         if self._listeners.pop(slot, None) is not None:
             self.send(DecodeRequest(abort=AbortSlots(slots=[slot])))
 
@@ -147,6 +163,9 @@ class DecodeLink:
     def _receive(self, response: DecodeResponse) -> None:
         self.heard_at = time.monotonic()
         for event in response.events:
+            if event.slot in self._reserving:
+                self._reserving.discard(event.slot)
+                self._on_change()
             if listener := self._listeners.get(event.slot):
                 listener.on_event(event)
         for output in response.outputs:
@@ -162,5 +181,6 @@ class DecodeLink:
     def _lose(self, reason: str) -> None:
         self.connected = False
         listeners, self._listeners = self._listeners, {}
+        self._reserving.clear()
         for listener in listeners.values():
             listener.on_lost(reason)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 CLAIM_LIMIT = 8  # requests claimed in one call
 TICK_SECONDS = 0.05  # while something waits
 IDLE_SECONDS = 1.0
+QUEUE_PAUSE = 0.5  # after the queue did not answer
 GIVE_BACK_TRIES = 5
 GIVE_BACK_PAUSE = 0.2
 
@@ -68,7 +69,10 @@ class Dispatcher:
                 await self._round()
             except QueueError as error:
                 log.warning("nothing can be claimed: %s", error)
-                await asyncio.sleep(TICK_SECONDS)
+                await asyncio.sleep(QUEUE_PAUSE)
+            except Exception:
+                log.exception("dispatching failed")
+                await asyncio.sleep(QUEUE_PAUSE)
 
     async def close(self) -> None:
         """End every attempt."""
@@ -98,11 +102,15 @@ class Dispatcher:
         self, worker: WorkerRecord, links: list[DecodeLink], peer: PrefillPeer | None
     ) -> None:
         while self._sessions.waiting:
-            claimed = await self._queue.claim(worker, CLAIM_LIMIT)
+            limit = min(CLAIM_LIMIT, sum(link.openings for link in links))
+            if not limit:
+                return
+            claimed = await self._queue.claim(worker, limit)
             for one in claimed:
-                link = max(links, key=lambda link: (link.free_blocks, -link.slots))
+                link = min(links, key=_burden)
                 await self._begin(one, worker, Workers(decode=link, prefill=peer))
-            if len(claimed) < CLAIM_LIMIT:
+                await asyncio.sleep(0)  # the attempt opens its slot, which counts for the next
+            if len(claimed) < limit:
                 return
 
     async def _begin(self, claimed: Claimed, worker: WorkerRecord, workers: Workers) -> None:
@@ -170,6 +178,11 @@ class Dispatcher:
                 self._sessions.requeued(session, fault=fault)
                 return
         session.fail(Unavailable("the worker failed and the queue cannot be reached"))
+
+
+def _burden(link: DecodeLink) -> tuple[bool, int, int]:
+    """The least burdened decode worker has room, few sequences, many free blocks."""
+    return (not link.openings or not link.free_blocks, link.pressure, -link.free_blocks)
 
 
 def _pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:

@@ -105,7 +105,7 @@ class Validator:
                 case "chat":
                     ids = tuple(await self._prompts.chat(message.chat))
                 case "token_ids":
-                    ids = self._given_ids(fields, message)
+                    ids = self._given_ids(fields, message, keep, longest)
                 case _:
                     fields.add("input", "one of prompt, token_ids and chat must be set")
                     return ()
@@ -119,12 +119,16 @@ class Validator:
             return ()
         return ids
 
-    def _given_ids(self, fields: Fields, message: GenerateRequest) -> tuple[int, ...]:
+    def _given_ids(
+        self, fields: Fields, message: GenerateRequest, keep: int | None, longest: int
+    ) -> tuple[int, ...]:
         ids = message.token_ids.ids
         if not ids:
             fields.add("token_ids.ids", "must not be empty")
             return ()
-        return fields.token_ids(ids, "token_ids.ids", self._facts.vocab_size, len(ids))
+        kept = ids if keep is None else ids[-keep:]
+        # What is too long anyway is not looked at: it may be millions.
+        return fields.token_ids(kept, "token_ids.ids", self._facts.vocab_size, longest)
 
     def _sampling(self, fields: Fields, params: SamplingParams) -> Sampling:
         defaults = self._facts.defaults

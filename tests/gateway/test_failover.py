@@ -152,3 +152,22 @@ async def test_draining_ends_what_takes_too_long_with_what_it_has(pair, eventual
     await stop
     assert events[-2].reason == "aborted"
     assert not pair.d.slots
+
+
+async def test_a_full_worker_is_not_asked_for_everything_that_waits(pair):
+    pair.d.refusing = True
+    calls = [
+        asyncio.create_task(pair.client.generate_unary("hello", max_tokens=3)) for _ in range(100)
+    ]
+    await asyncio.sleep(0.5)
+    asked = len(pair.d.started)
+    pair.d.refusing = False
+    await asyncio.gather(*calls)
+    assert 0 < asked <= 400  # about one salvo of 16 per rest of 50 ms; 100 per round unchecked
+
+
+async def test_requests_are_spread_over_decode_workers(pair):
+    other = await pair.decode("decode-1")
+    await pair.ready()
+    await answers(pair.client, 20, 100)
+    assert min(len(pair.d.started), len(other.started)) >= 7

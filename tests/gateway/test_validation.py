@@ -48,7 +48,7 @@ async def bad_fields(validator: Validator, message: GenerateRequest) -> list[str
         ({"token_ids": {"ids": []}}, "token_ids.ids"),
         ({"token_ids": {"ids": [1, 400]}}, "token_ids.ids"),
         ({"token_ids": {"ids": [2**32 - 1]}}, "token_ids.ids"),
-        ({"token_ids": {"ids": [1] * CONTEXT}}, "token_ids"),
+        ({"token_ids": {"ids": [1] * CONTEXT}}, "token_ids.ids"),
         ({"chat": {}}, "chat.messages"),
         ({"chat": {"messages": [{"role": "root", "content": "x"}]}}, "chat.messages[0].role"),
         ({"chat": {"messages": [{"role": "tool", "content": "x"}]}}, "chat"),
