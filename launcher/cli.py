@@ -49,7 +49,8 @@ def serve(**options: Any) -> None:
 
     Prints one line `ready address=...` on standard output once requests are served; logs go to
     standard error. Ctrl-C or SIGTERM stops everything; the second one does so at once.
-    Settings of workers that are no flag here are read from BATON_*.
+    Settings of workers that are no flag here are read from BATON_*. With --metrics-address the
+    gateway has that port, the workers the ones after it.
     """
     config = with_model(read_config(ServeConfig, options))
     import uvloop
@@ -143,7 +144,10 @@ def generate(text: str, **options: Any) -> None:
 @baton.command()
 @config_options(ServeConfig)
 def demo(**options: Any) -> None:
-    """Start a local cluster, stream answers to several prompts at once, and stop it again."""
+    """Start a local cluster, stream answers to several prompts at once, and stop it again.
+
+    Listens on a free port unless --address is given, so that it runs beside `baton serve`.
+    """
     config = with_model(read_config(ServeConfig, options))
     import uvloop
 
@@ -194,6 +198,7 @@ def version() -> None:
 
 def main() -> NoReturn:
     """Entry point: errors on purpose are one line on standard error, never a traceback."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # it tells of every connection that closes
     try:
         baton(prog_name="baton")
     except (ConfigError, ModelError) as error:

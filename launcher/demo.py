@@ -26,8 +26,9 @@ TIMEOUT = 60.0  # seconds for one answer
 
 async def run(config: ServeConfig) -> int:
     """Run it; returns the exit code."""
-    quiet = {} if "log_level" in config.model_fields_set else {"log_level": "warning"}
-    code = await interruptible(_demo(config.model_copy(update=quiet), Console()))
+    own = {"address": "127.0.0.1:0", "log_level": "warning"}  # where nothing else was asked for
+    unset = {key: value for key, value in own.items() if key not in config.model_fields_set}
+    code = await interruptible(_demo(config.model_copy(update=unset), Console()))
     return 130 if code is None else code
 
 

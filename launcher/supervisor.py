@@ -154,7 +154,8 @@ class Supervisor:
         await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         try:
             for names, seconds in stages:
-                await self._stop_stage([self._children[n] for n in names], seconds)
+                started = [self._children[name] for name in names if name in self._children]
+                await self._stop_stage(started, seconds)
         finally:
             await self._kill(self._children.values())
 

@@ -102,6 +102,12 @@ def test_help_loads_neither_torch_nor_grpc():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("module", ["gateway.main", "launcher.generate", "launcher.cluster"])
+def test_neither_gateway_nor_client_nor_cluster_loads_torch(module: str):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_generate_without_a_server_is_one_line_and_exit_code_1():
     result = baton("generate", "Hello", "--address", "127.0.0.1:1")
     assert result.returncode == 1

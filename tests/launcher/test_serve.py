@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -110,9 +111,31 @@ def test_a_model_that_cannot_be_served_ends_it_with_the_reason(tmp_path: Path):
     assert "none" in result.stderr.splitlines()[-1]
 
 
+def test_a_cluster_that_is_not_ready_in_time_says_what_is_missing():
+    result = baton("serve", "--address=127.0.0.1:0", "--start-timeout=0.2")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("baton: not ready after 0.2 s (--start-timeout): still waiting for ")
+    assert last.endswith("decode-0, gateway, prefill-0")
+
+
+def test_a_signal_while_it_starts_stops_it():
+    command = [sys.executable, "-m", "launcher", "serve", "--address=127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "gateway | " in line:
+            break
+    children = {str(c.pid): c for c in psutil.Process(process.pid).children(recursive=True)}
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "")
+    assert children
+    assert gone(children)
+
+
 def test_the_demo_answers_shows_its_figures_and_leaves_nothing():
-    before = {p.pid for p in psutil.process_iter()}
-    result = baton("demo", "--address=127.0.0.1:0")
+    result = baton("demo")
     assert result.returncode == 0, result.stderr
     assert "8 requests at once" in result.stdout
     assert "output tokens/s" in result.stdout
@@ -125,6 +148,6 @@ def test_the_demo_answers_shows_its_figures_and_leaves_nothing():
     ]
     assert len(rows) == 8
     assert all(float(kv) > 0 for *_, kv, _, _, _ in rows), "the KV was handed over"
-    for process in psutil.process_iter():
-        if process.pid not in before:
-            assert "valkey" not in process.name(), "left running"
+    pids = re.findall(r"(redis|gateway|prefill-0|decode-0)\s+(\d+)", result.stdout)
+    assert len(pids) == 4
+    assert not [name for name, pid in pids if psutil.pid_exists(int(pid))]

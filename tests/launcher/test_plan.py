@@ -8,9 +8,10 @@ import pytest
 from pydantic import SecretStr
 
 from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ProcessConfig, ServeConfig
+from baton.errors import ConfigError
 from launcher.cli import baton
-from launcher.cluster import addresses_of, commands, free_ports
 from launcher.options import read_config
+from launcher.plan import addresses_of, commands, free_ports
 from launcher.supervisor import Command
 
 SECRET = "redis://:hunter2@host:6379/3"
@@ -113,3 +114,15 @@ def test_port_zero_becomes_a_free_port():
 
 def test_free_ports_are_distinct():
     assert len(set(free_ports(50))) == 50
+
+
+def test_brackets_of_an_ipv6_address_are_kept():
+    assert addresses_of(ServeConfig(address="[::1]:5555"))["gateway"] == "[::1]:5555"
+
+
+@pytest.mark.parametrize("address", ["localhost:", ":80", "127.0.0.1:http", "127.0.0.1:70000"])
+def test_an_address_without_a_port_is_refused(address: str):
+    with pytest.raises(ConfigError, match=f"--address {address}"):
+        addresses_of(ServeConfig(address=address))
+    with pytest.raises(ConfigError, match=f"--metrics-address {address}"):
+        planned(ServeConfig(metrics_address=address))
