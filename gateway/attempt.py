@@ -35,7 +35,7 @@ from baton.internal.v1.worker_pb2 import (
 from baton.types import Claim
 from gateway.decode_link import DecodeLink
 from gateway.fleet import PrefillPeer
-from gateway.outcome import ClaimLost, WorkerBusy, WorkerFailed
+from gateway.outcome import WorkerBusy, WorkerFailed
 from gateway.session import Session, State
 from queueing.contract import GatewayQueue
 
@@ -54,8 +54,8 @@ class Workers:
 
 
 class Attempt:
-    """Listens to its slot. Raises WorkerBusy, WorkerFailed, ClaimLost or a BatonError for the
-    client; returns when the session is done."""
+    """Listens to its slot. `run` raises WorkerBusy, WorkerFailed or a BatonError for the client;
+    it returns when the session is done."""
 
     def __init__(
         self, session: Session, claim: Claim, workers: Workers, queue: GatewayQueue
@@ -178,8 +178,9 @@ class Attempt:
                     raise Unavailable("the queue could not record the hand-off") from error
                 await asyncio.sleep(HANDOFF_PAUSE)
             else:
-                if claim is None:
-                    raise ClaimLost("the claim was stale at hand-off")
+                if claim is None:  # the worker is gone, or the queue has taken the request back
+                    self._workers.decode.rest.fault(time.monotonic())
+                    raise WorkerFailed(f"decode worker {to.id} cannot have it any more")
                 self._claim = self._session.claim = claim
                 self._session.worker_id = to.id
                 return

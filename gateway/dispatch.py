@@ -17,7 +17,7 @@ from baton.types import Claim
 from gateway.attempt import Attempt, Workers
 from gateway.decode_link import DecodeLink
 from gateway.fleet import Fleet, PrefillPeer
-from gateway.outcome import ClaimLost, WorkerBusy, WorkerFailed
+from gateway.outcome import WorkerBusy, WorkerFailed
 from gateway.session import Session
 from gateway.sessions import Sessions
 from queueing.contract import Claimed, GatewayQueue, WorkerRecord
@@ -147,9 +147,6 @@ class Dispatcher:
         except WorkerFailed as error:
             log.warning("request %s, attempt %d: %s", session.id, claim.attempt, error)
             await self._requeue(session, fault=True)
-        except ClaimLost as error:
-            log.warning("request %s: %s", session.id, error)
-            self._sessions.requeued(session, fault=True)
         except BatonError as error:
             session.fail(error)
         except Exception as error:

@@ -9,7 +9,3 @@ class WorkerBusy(Exception):
 
 class WorkerFailed(Exception):
     """A worker died or broke its word. Counts an attempt."""
-
-
-class ClaimLost(Exception):
-    """Somebody else decides about the request now: the queue gave it a new fence or ended it."""
