@@ -48,7 +48,7 @@ async def _demo(config: ServeConfig, console: Console) -> int:
         console.print(summary(answers, wall, console.width))
     failed = [answer for answer in answers if answer.error]
     for answer in failed:
-        console.print(f"{answer.question.text} {answer.error}", style="red", markup=False)
+        console.print(f"{answer.title} {answer.error}", style="red", markup=False)
     console.print("[dim]all processes stopped[/]")
     return 1 if failed else 0
 

@@ -9,26 +9,36 @@ from baton.v1 import generation_pb2 as api
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt; `turns` are what was said before. Greedy unless it has a temperature."""
+    """One prompt; `turns` are what was said before. Greedy unless it has a temperature.
+
+    `plain` text is gone on from as it stands, instead of answered.
+    """
 
     text: str
+    plain: bool = False
+    system: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     max_tokens: int = 160
     temperature: float = 0.0
 
     def request(self) -> api.GenerateRequest:
         """The request that a client sends for it."""
-        chat = api.ChatInput()
-        for question, answer in self.turns:
-            chat.messages.add(role="user", content=question)
-            chat.messages.add(role="assistant", content=answer)
-        chat.messages.add(role="user", content=self.text)
-        return api.GenerateRequest(
-            chat=chat,
+        request = api.GenerateRequest(
             sampling=api.SamplingParams(temperature=self.temperature, seed=7),
             stopping=api.StoppingParams(max_tokens=self.max_tokens),
             response=api.ResponseOptions(timing=True),
         )
+        if self.plain:
+            request.prompt = self.text
+            return request
+        chat = request.chat
+        if self.system:
+            chat.messages.add(role="system", content=self.system)
+        for question, answer in self.turns:
+            chat.messages.add(role="user", content=question)
+            chat.messages.add(role="assistant", content=answer)
+        chat.messages.add(role="user", content=self.text)
+        return request
 
 
 @dataclass(slots=True)
@@ -41,6 +51,11 @@ class Answer:
     output_tokens: int = 0
     finished: api.Finished | None = None
     error: str = ""
+
+    @property
+    def title(self) -> str:
+        """The question on one line."""
+        return " ".join(self.question.text.split())
 
     @property
     def done(self) -> bool:
@@ -62,11 +77,17 @@ class Answer:
 
 QUESTIONS = (
     Question("What does itertools.chain do?"),
-    Question("In one sentence, what does len do?"),
+    Question(
+        "In one sentence, what does len do?",
+        system="Answer from the documentation of Python's standard library.",
+    ),
     Question("Explain os.path.join in detail."),
     Question("What is the signature of json.dumps?"),
     Question("Tell me about threading.Lock.", temperature=0.7),
-    Question("Is collections.deque a function or a class?"),
+    Question(
+        "Is collections.deque a function or a class?",
+        turns=(("What does sorted do?", "Return a new list containing all items in order."),),
+    ),
     Question(
         "What does itertools.accumulate do?",
         turns=(
@@ -86,5 +107,6 @@ QUESTIONS = (
             ),
         ),
     ),
-    Question("Hello!", max_tokens=40),
+    Question("Who are you?", max_tokens=40),
+    Question("functools.partial\n\n", plain=True, max_tokens=60),
 )

@@ -90,7 +90,7 @@ def _pane(number: int, answer: Answer, body: Text, height: int | None = None) ->
     colour = "red" if answer.error else "green" if answer.done else "yellow"
     return Panel(
         body,
-        title=f"{number}. {answer.question.text}",
+        title=f"{number}. {answer.title}",
         subtitle=f"{answer.output_tokens} tokens",
         title_align="left",
         subtitle_align="right",
@@ -153,7 +153,7 @@ def summary(answers: Sequence[Answer], wall: float, width: int) -> RenderableTyp
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("finish", no_wrap=True)
     for number, answer in enumerate(answers, 1):
-        label = Text(f"{number}. {answer.question.text}")
+        label = Text(f"{number}. {answer.title}")
         label.truncate(max(10, width - FIGURES_WIDTH), overflow="ellipsis")
         table.add_row(label, *_figures(answer))
     tokens = sum(answer.output_tokens for answer in answers)

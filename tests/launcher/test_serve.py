@@ -137,16 +137,16 @@ def test_a_signal_while_it_starts_stops_it():
 def test_the_demo_answers_shows_its_figures_and_leaves_nothing():
     result = baton("demo")
     assert result.returncode == 0, result.stderr
-    assert "8 requests at once" in result.stdout
+    assert "9 requests at once" in result.stdout
     assert "output tokens/s" in result.stdout
-    for number in range(1, 9):
+    for number in range(1, 10):
         assert f"\n[{number}] " in result.stdout
     rows = [
         line.split()
         for line in result.stdout.splitlines()
         if line.strip().endswith((" stop", " length"))
     ]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(float(kv) > 0 for *_, kv, _, _, _ in rows), "the KV was handed over"
     pids = re.findall(r"(redis|gateway|prefill-0|decode-0)\s+(\d+)", result.stdout)
     assert len(pids) == 4
