@@ -9,11 +9,11 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-import grpc.aio
 from rich.console import Console
 
+from baton.client import Client
 from baton.config import ServeConfig
-from baton.v1 import generation_pb2_grpc
+from baton.errors import BatonError
 from launcher.cluster import LocalCluster
 from launcher.generate import describe
 from launcher.interrupt import interruptible
@@ -22,6 +22,7 @@ from launcher.screen import Screen, screen_for, summary
 from launcher.serve import to_stderr
 
 TIMEOUT = 60.0  # seconds for one answer
+SEED = 7
 
 
 async def run(config: ServeConfig) -> int:
@@ -55,19 +56,20 @@ async def _demo(config: ServeConfig, console: Console) -> int:
 
 async def ask_all(address: str, answers: Sequence[Answer], screen: Screen) -> None:
     """Ask everything at once on one channel; returns when all answers have ended."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        await asyncio.gather(*(_ask(stub, answer, screen) for answer in answers))
+    async with Client(address) as client:
+        await asyncio.gather(*(_ask(client, answer, screen) for answer in answers))
 
 
-async def _ask(
-    stub: generation_pb2_grpc.GenerationServiceAsyncStub, answer: Answer, screen: Screen
-) -> None:
+async def _ask(client: Client, answer: Answer, screen: Screen) -> None:
     """Stream one answer into `answer`, showing it as it grows."""
+    question = answer.question
+    options = {"max_tokens": question.max_tokens, "temperature": question.temperature, "seed": SEED}
     try:
-        async for response in stub.Generate(answer.question.request(), timeout=TIMEOUT):
-            answer.take(response)
+        async for event in client.generate(
+            question.prompt, timeout=TIMEOUT, timing=True, **options
+        ):
+            answer.take(event)
             screen.update(answer)
-    except grpc.aio.AioRpcError as error:
+    except BatonError as error:
         answer.error = describe(error)
         screen.update(answer)

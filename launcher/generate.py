@@ -6,14 +6,14 @@ import json
 import sys
 from dataclasses import dataclass
 
-import grpc
 import grpc.aio
 from google.protobuf.json_format import MessageToDict
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.rpc import code_pb2
 
-from baton.v1 import generation_pb2 as api
-from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from baton import rpc
+from baton.client import Client, Prompt, error_of, request
+from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.v1 import generation_pb2, model_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +34,36 @@ class Ask:
     as_json: bool = False
     timeout: float = 300.0
 
+    def message(self, *, chat: bool) -> generation_pb2.GenerateRequest:
+        """The request, as a chat turn or as plain text."""
+        prompt: Prompt = self.text
+        if chat:
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            prompt = [*system, {"role": "user", "content": self.text}]
+        return request(
+            prompt,
+            model=self.model,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            timing=True,
+        )
+
 
 async def run(ask: Ask) -> int:
     """Print the answer as it comes; returns the exit code."""
-    async with grpc.aio.insecure_channel(ask.address) as channel:
+    async with Client(ask.address) as client:
         try:
-            await _stream(ask, channel)
+            await _stream(ask, client)
         except grpc.aio.AioRpcError as error:
-            print(f"baton: {describe(error)}", file=sys.stderr)
+            print(f"baton: {describe(error_of(error))}", file=sys.stderr)
             return 1
     return 0
 
 
-async def _stream(ask: Ask, channel: grpc.aio.Channel) -> None:
-    chat = await _is_chat(ask, channel) if ask.chat is None else ask.chat
-    stub = generation_pb2_grpc.GenerationServiceStub(channel)
-    async for response in stub.Generate(request_of(ask, chat=chat), timeout=ask.timeout):
+async def _stream(ask: Ask, client: Client) -> None:
+    chat = await _is_chat(ask, client) if ask.chat is None else ask.chat
+    async for response in client.generation.Generate(ask.message(chat=chat), timeout=ask.timeout):
         if ask.as_json:
             print(json.dumps(MessageToDict(response, preserving_proto_field_name=True)), flush=True)
         elif response.HasField("delta"):
@@ -58,46 +72,25 @@ async def _stream(ask: Ask, channel: grpc.aio.Channel) -> None:
         print()
 
 
-async def _is_chat(ask: Ask, channel: grpc.aio.Channel) -> bool:
+async def _is_chat(ask: Ask, client: Client) -> bool:
     """Whether the model can render a chat: whether it has a chat template."""
-    stub = model_pb2_grpc.ModelServiceStub(channel)
-    request = model_pb2.TokenizeRequest(model=ask.model, chat=request_of(ask, chat=True).chat)
+    turns = ask.message(chat=True).chat
     try:
-        await stub.Tokenize(request, timeout=ask.timeout)
+        await client.models.Tokenize(
+            model_pb2.TokenizeRequest(model=ask.model, chat=turns), timeout=ask.timeout
+        )
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+        if isinstance(error_of(error), InvalidRequest):
             return False
         raise
     return True
 
 
-def request_of(ask: Ask, *, chat: bool) -> api.GenerateRequest:
-    """The request for `ask`, as a chat turn or as plain text."""
-    request = api.GenerateRequest(
-        model=ask.model,
-        sampling=api.SamplingParams(temperature=ask.temperature, seed=ask.seed),
-        stopping=api.StoppingParams(max_tokens=ask.max_tokens),
-        response=api.ResponseOptions(timing=True),
-    )
-    if not chat:
-        request.prompt = ask.text
-        return request
-    turns = [api.ChatMessage(role="user", content=ask.text)]
-    if ask.system:
-        turns.insert(0, api.ChatMessage(role="system", content=ask.system))
-    request.chat.CopyFrom(api.ChatInput(messages=turns))
-    return request
-
-
-def describe(error: grpc.aio.AioRpcError) -> str:
-    """One line: the status, its message, and what its details add."""
-    facts = []
-    status = rpc_status.from_call(error)  # type: ignore[arg-type] # duck-typed
-    for packed in status.details if status else ():
-        if packed.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo()
-            packed.Unpack(retry)
-            facts.append(f"retry in {retry.retry_delay.ToTimedelta().total_seconds():g} s")
-    extra = f" ({', '.join(facts)})" if facts else ""
-    text = " ".join((error.details() or "no details").split())
-    return f"{error.code().name}: {text}{extra}"
+def describe(error: BatonError) -> str:
+    """One line: the gRPC status, its message, and when to try again."""
+    text = " ".join(str(error).split())
+    if type(error) is BatonError:  # a status with no error of its own: the text names it
+        return text
+    retry = error.retry_after if isinstance(error, Overloaded | Unavailable) else 0
+    suffix = f" (retry in {retry:g} s)" if retry else ""
+    return f"{code_pb2.Code.Name(rpc.status_of(error).code)}: {text}{suffix}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.v1 import generation_pb2 as api
+from baton.client import Ended, Event, Prompt, Started, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +21,15 @@ class Question:
     max_tokens: int = 160
     temperature: float = 0.0
 
-    def request(self) -> api.GenerateRequest:
-        """The request that a client sends for it."""
-        request = api.GenerateRequest(
-            sampling=api.SamplingParams(temperature=self.temperature, seed=7),
-            stopping=api.StoppingParams(max_tokens=self.max_tokens),
-            response=api.ResponseOptions(timing=True),
-        )
+    @property
+    def prompt(self) -> Prompt:
+        """What a client sends."""
         if self.plain:
-            request.prompt = self.text
-            return request
-        chat = request.chat
-        if self.system:
-            chat.messages.add(role="system", content=self.system)
+            return self.text
+        said = [("system", self.system)] if self.system else []
         for question, answer in self.turns:
-            chat.messages.add(role="user", content=question)
-            chat.messages.add(role="assistant", content=answer)
-        chat.messages.add(role="user", content=self.text)
-        return request
+            said += [("user", question), ("assistant", answer)]
+        return [{"role": role, "content": text} for role, text in (*said, ("user", self.text))]
 
 
 @dataclass(slots=True)
@@ -49,7 +40,7 @@ class Answer:
     text: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
-    finished: api.Finished | None = None
+    ended: Ended | None = None
     error: str = ""
 
     @property
@@ -60,19 +51,18 @@ class Answer:
     @property
     def done(self) -> bool:
         """Whether nothing more comes."""
-        return self.finished is not None or bool(self.error)
+        return self.ended is not None or bool(self.error)
 
-    def take(self, response: api.GenerateResponse) -> None:
-        """Add one message of the stream; kinds of a later version are ignored."""
-        match response.WhichOneof("event"):
-            case "accepted":
-                self.prompt_tokens = response.accepted.prompt_tokens
-            case "delta":
-                self.text += response.delta.text
-                self.output_tokens += response.delta.token_count
-            case "finished":
-                self.finished = response.finished
-                self.output_tokens = response.finished.completion_tokens
+    def take(self, event: Event) -> None:
+        """Add one event of the stream."""
+        match event:
+            case Started():
+                self.prompt_tokens = event.prompt_tokens
+            case Text():
+                self.text += event.text
+                self.output_tokens += event.token_count
+            case Ended():
+                self.ended = event
 
 
 QUESTIONS = (

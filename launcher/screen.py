@@ -16,7 +16,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from baton.v1 import generation_pb2 as api
 from launcher.questions import Answer
 
 FIGURES_WIDTH = 60  # of the table's columns after the first
@@ -166,12 +165,11 @@ def summary(answers: Sequence[Answer], wall: float, width: int) -> RenderableTyp
 
 
 def _figures(answer: Answer) -> tuple[str, ...]:
-    finished = answer.finished
     counts = (str(answer.prompt_tokens), str(answer.output_tokens))
-    if finished is None:
+    if answer.ended is None:
         return (*counts, *("-",) * 5, "error")
-    timing = finished.timing
-    between = finished.completion_tokens - 1
+    timing = answer.ended.message.timing
+    between = answer.ended.completion_tokens - 1
     return (
         *counts,
         _milliseconds(timing.queue),
@@ -179,7 +177,7 @@ def _figures(answer: Answer) -> tuple[str, ...]:
         _milliseconds(timing.kv_transfer),
         _milliseconds(timing.time_to_first_token),
         _milliseconds(timing.decode, between) if between > 0 else "-",
-        api.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
+        answer.ended.reason,
     )
 
 

@@ -108,6 +108,6 @@ def cluster() -> Iterator[Served]:
     directory = redis_directory(processes["redis"])
     assert directory.exists()
     yield served
-    assert served.stop() == 0
+    assert served.stop(signal.SIGINT) == 0
     assert gone(processes)
     assert not directory.exists()

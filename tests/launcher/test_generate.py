@@ -18,7 +18,7 @@ from baton.v1 import generation_pb2 as api
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from launcher.demo import ask_all
 from launcher.generate import Ask, run
-from launcher.questions import QUESTIONS, Answer
+from launcher.questions import QUESTIONS, Answer, Question
 from launcher.screen import Lines, Panes, screen_for, summary
 
 PIECES = ("Make an ", "iterator.\n", "Über ", "alles")
@@ -197,12 +197,25 @@ async def test_a_request_that_failed_is_in_the_table(script: Scripted, address: 
 
 
 def test_the_demo_asks_at_least_six_questions_of_different_lengths():
-    sizes = {len(q.request().SerializeToString()) for q in QUESTIONS}
+    sizes = {len(str(question.prompt)) for question in QUESTIONS}
     assert len(QUESTIONS) >= len(sizes) >= 6
     assert max(sizes) > 5 * min(sizes)
 
 
-async def test_unknown_events_of_a_later_version_are_ignored():
-    answer = Answer(QUESTIONS[0])
-    answer.take(api.GenerateResponse())
-    assert answer == Answer(QUESTIONS[0])
+async def test_turns_system_prompt_and_plain_text_reach_the_server(address: str, script: Scripted):
+    questions = [
+        Question("last", turns=(("first", "answer"),), system="be brief"),
+        Question("text\n", plain=True, max_tokens=3),
+    ]
+    answers = [Answer(question) for question in questions]
+    with Lines(Console(file=io.StringIO()), answers) as screen:
+        await ask_all(address, answers, screen)
+    by_input = {request.WhichOneof("input"): request for request in script.requests}
+    assert [(turn.role, turn.content) for turn in by_input["chat"].chat.messages] == [
+        ("system", "be brief"),
+        ("user", "first"),
+        ("assistant", "answer"),
+        ("user", "last"),
+    ]
+    assert by_input["prompt"].prompt == "text\n"
+    assert by_input["prompt"].stopping.max_tokens == 3
