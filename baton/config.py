@@ -226,6 +226,16 @@ def require_loopback(address: str, *, insecure_network: bool) -> None:
         )
 
 
+def require_reachable(address: str, flag: str) -> str:
+    """`address`, unless it is a wildcard, which nobody can connect to.
+
+    Raises ConfigError naming `flag`, which is how to give a better one.
+    """
+    if host_of(address) in ("0.0.0.0", "::", ""):  # noqa: S104 # refused, not bound
+        raise ConfigError(f"{flag}: others cannot reach {address}: name a host or an IP address")
+    return address
+
+
 def environment_names(kind: type[ProcessConfig]) -> dict[str, str]:
     """Field name to environment variable, for help texts and for starting child processes."""
     return {name: f"BATON_{name.upper()}" for name in kind.model_fields}

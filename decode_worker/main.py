@@ -7,7 +7,7 @@ from dataclasses import asdict
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import rpc, telemetry
-from baton.config import DecodeConfig, require_loopback
+from baton.config import DecodeConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
 from baton.process import unique_id
@@ -37,6 +37,9 @@ class DecodeServer:
         """
         require_loopback(config.address, insecure_network=config.insecure_network)
         server = rpc.Server(config.address)
+        address = require_reachable(
+            config.advertise_address or server.address, "--advertise-address"
+        )
         executor = executor_from(config)
         executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
@@ -56,7 +59,7 @@ class DecodeServer:
         registration = Registration(
             id=config.worker_id or unique_id("decode"),
             role=Role.DECODE,
-            address=config.advertise_address or server.address,
+            address=address,
             layout_digest=layout.digest,
             model=executor.fingerprint,
             capacity_tokens=capacity.blocks * capacity.block_size,

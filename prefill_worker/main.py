@@ -7,7 +7,7 @@ from dataclasses import asdict
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import telemetry
-from baton.config import PrefillConfig, require_loopback
+from baton.config import PrefillConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.process import unique_id
@@ -38,14 +38,18 @@ class PrefillServer:
 
         Raises ConfigError and ModelError.
         """
-        require_loopback(config.address, insecure_network=config.insecure_network)
+        for address in (config.address, config.kv_address):
+            require_loopback(address, insecure_network=config.insecure_network)
+        require_reachable(config.kv_address, "--kv-address")
         if config.device != "cpu":
             raise ConfigError(
                 f"--device {config.device}: KV is handed over from host memory only; a decode "
                 "worker without prefill workers can run there"
             )
         server = Server(config.address)
-        address = config.advertise_address or server.address
+        address = require_reachable(
+            config.advertise_address or server.address, "--advertise-address"
+        )
         executor = executor_from(config, buffer=self._share)
         executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))

@@ -65,3 +65,10 @@ def test_other_addresses_in_the_clear_are_refused_unless_allowed() -> None:
     with pytest.raises(ConfigError, match="--insecure-network"):
         config.require_loopback("0.0.0.0:50051", insecure_network=False)
     config.require_loopback("0.0.0.0:50051", insecure_network=True)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:50061", "[::]:50061", ":50061"])
+def test_a_wildcard_is_no_address_to_tell_others(address: str) -> None:
+    with pytest.raises(ConfigError, match="--advertise-address"):
+        config.require_reachable(address, "--advertise-address")
+    assert config.require_reachable("10.0.0.7:50061", "--x") == "10.0.0.7:50061"

@@ -50,7 +50,8 @@ class PrefillServiceServicer:
         """Computes the KV of a prompt and samples the first token. The first message
         says where the KV will be (so that a decode worker can pull it chunk by
         chunk while prefill goes on), the last one carries the first token.
-        Cancelling the RPC stops the work and revokes the lease.
+        The RPC ends when the lease has ended. Cancelling it stops the work and
+        revokes the lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,8 @@ class PrefillServiceStub:
     """Computes the KV of a prompt and samples the first token. The first message
     says where the KV will be (so that a decode worker can pull it chunk by
     chunk while prefill goes on), the last one carries the first token.
-    Cancelling the RPC stops the work and revokes the lease.
+    The RPC ends when the lease has ended. Cancelling it stops the work and
+    revokes the lease.
     """
 
 @_typing.type_check_only
@@ -49,7 +50,8 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     """Computes the KV of a prompt and samples the first token. The first message
     says where the KV will be (so that a decode worker can pull it chunk by
     chunk while prefill goes on), the last one carries the first token.
-    Cancelling the RPC stops the work and revokes the lease.
+    The RPC ends when the lease has ended. Cancelling it stops the work and
+    revokes the lease.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -64,7 +66,8 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         """Computes the KV of a prompt and samples the first token. The first message
         says where the KV will be (so that a decode worker can pull it chunk by
         chunk while prefill goes on), the last one carries the first token.
-        Cancelling the RPC stops the work and revokes the lease.
+        The RPC ends when the lease has ended. Cancelling it stops the work and
+        revokes the lease.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
