@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from prometheus_client import generate_latest
+from redis.asyncio import Redis
 
 from baton.client import Client, Ended, Started, Text, Totals
 from baton.config import GatewayConfig
@@ -276,3 +277,19 @@ async def test_a_hundred_requests_of_all_kinds_leave_nothing_behind(
 
     await asyncio.gather(*(one(i) for i in range(100)))
     await stack.quiet()
+
+
+async def test_redis_is_not_asked_per_token(stack: Stack, client: Client, redis_url: str) -> None:
+    redis = Redis.from_url(redis_url)
+
+    async def calls() -> int:
+        stats = await redis.info("commandstats")
+        return int(stats["cmdstat_evalsha"]["calls"])
+
+    before, began = await calls(), time.monotonic()
+    await asyncio.gather(*(read(endless(client, [5 + i] * 4), LONG) for i in range(8)))
+    made, seconds = await calls() - before, time.monotonic() - began
+    await redis.aclose()
+    # Reports, polls and heartbeats go by the clock; eight requests add a few calls each.
+    assert made < 8 * 10 + 60 * seconds
+    assert made < 8 * LONG / 10
