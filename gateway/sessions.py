@@ -81,17 +81,21 @@ class Sessions:
             job, self._model, self._tokenizer, clock=time.monotonic, on_done=self._end
         )
         self._live[request.id] = session
+        self._timers[request.id] = []
         self._idle.clear()
         try:
-            session.level = await self._queue.submit(_submission(session))
+            level = await self._queue.submit(_submission(session))
         except (Overloaded, AlreadyExists):
-            self._forget(request.id)
+            if not session.over:  # Abort may come before this reply
+                self._forget(request.id)
             raise
         except BaseException:  # cancelled, or the reply was lost: it may be in the queue
             session.fail(Cancelled())
             raise
         self._arm(session)
-        self._wait(session)
+        if session.claim is None and not session.over:  # so may a worker
+            session.level = level
+            self._wait(session)
         return session
 
     def cancel(self, session: Session) -> None:
@@ -161,7 +165,6 @@ class Sessions:
 
     def _arm(self, session: Session) -> None:
         job, now = session.job, time.monotonic()
-        self._timers[session.id] = []
         if job.time_limit is not None:
             left = job.request.arrived_at + job.time_limit - now
             self._call_later(session, left, session.end, FinishReason.TIME_LIMIT)
@@ -197,8 +200,6 @@ class Sessions:
     # The end.
 
     def _end(self, session: Session) -> None:
-        for timer in self._timers.pop(session.id, ()):
-            timer.cancel()
         self._waiting.discard(session.id)
         self._forget(session.id)
         self._on_done(session)
@@ -206,6 +207,8 @@ class Sessions:
 
     def _forget(self, request_id: str) -> None:
         del self._live[request_id]
+        for timer in self._timers.pop(request_id):
+            timer.cancel()
         if not self._live:
             self._idle.set()
 
