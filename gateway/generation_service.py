@@ -91,6 +91,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         now = time.monotonic()
         left = context.time_remaining()
         cap = self._gateway.config.request_timeout
+        request.request_id = request.request_id or _header(context, "x-request-id")
         job = await self._validator.validate(request, now)
         deadline = now + (cap if left is None else min(left, cap))
         self._gateway.metrics.prompt_tokens.inc(len(job.request.prompt_ids))
@@ -112,6 +113,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             metrics.inflight.dec()
             metrics.requests.labels(code=code).inc()
+
+
+def _header(context: Context, name: str) -> str:
+    """A value of the call's metadata, empty when there is none."""
+    values = (value for key, value in context.invocation_metadata() or () if key == name)
+    return str(next(values, ""))
 
 
 async def _assemble(session: Session) -> GenerateUnaryResponse:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, SerializeToJsonError
 from google.protobuf.struct_pb2 import Struct
 
 from baton.errors import InvalidRequest, Violation
@@ -46,7 +46,7 @@ class PromptEncoder:
             template.render,
             messages,
             add_generation_prompt=wants_prompt,
-            template_kwargs=_plain(chat.template_kwargs),
+            template_kwargs=_plain(chat.template_kwargs, "chat.template_kwargs"),
             max_chars=self._max_bytes,
         )
         if not text:
@@ -67,8 +67,12 @@ class PromptEncoder:
             raise InvalidRequest(bad)
         self._check_size("chat.messages", [message.content for message in chat.messages])
         return [
-            {**_plain(message.extra), "role": message.role, "content": message.content}
-            for message in chat.messages
+            {
+                **_plain(message.extra, f"chat.messages[{i}].extra"),
+                "role": message.role,
+                "content": message.content,
+            }
+            for i, message in enumerate(chat.messages)
         ]
 
     def _check_size(self, field: str, texts: Sequence[str]) -> None:
@@ -80,9 +84,13 @@ class PromptEncoder:
             raise InvalidRequest.of(field, f"is over {self._max_bytes} bytes")
 
 
-def _plain(struct: Struct) -> dict[str, Any]:
+def _plain(struct: Struct, field: str) -> dict[str, Any]:
     """A Struct as JSON would have it: its numbers are doubles, whole ones become ints."""
-    return {key: _whole(value) for key, value in MessageToDict(struct).items()}
+    try:
+        values = MessageToDict(struct)
+    except (SerializeToJsonError, ValueError) as error:  # NaN and infinities
+        raise InvalidRequest.of(field, f"is not JSON: {error}") from error
+    return {key: _whole(value) for key, value in values.items()}
 
 
 def _whole(value: Any) -> Any:

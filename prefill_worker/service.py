@@ -9,7 +9,7 @@ from typing import Any
 
 from baton import wire
 from baton.internal.v1 import worker_pb2, worker_pb2_grpc
-from baton.types import KvRef
+from baton.types import KvRef, Request
 from prefill_worker.worker import PrefillWorker
 from scheduling.events import Prefilled
 
@@ -28,18 +28,19 @@ class PrefillService(worker_pb2_grpc.PrefillServiceServicer):
         claim = wire.claim_from_proto(request.claim)
         async with aclosing(self._worker.prefill(engine_request, claim)) as news:
             async for event in news:
-                yield _response(event, engine_request.prompt_ids)
+                yield _response(event, engine_request)
 
 
-def _response(event: KvRef | Prefilled, prompt: tuple[int, ...]) -> worker_pb2.PrefillResponse:
+def _response(event: KvRef | Prefilled, request: Request) -> worker_pb2.PrefillResponse:
     if isinstance(event, KvRef):
         return worker_pb2.PrefillResponse(leased=wire.kv_ref_to_proto(event))
-    logprobs = event.prompt_logprobs
-    return worker_pb2.PrefillResponse(
-        prefilled=worker_pb2.Prefilled(
-            first=wire.output_to_proto(event.output, slot=0),
-            prompt_logprobs=wire.prompt_logprobs_to_proto(prompt, logprobs) if logprobs else (),
-            queued=wire.duration(event.queued),
-            computed=wire.duration(event.computed),
-        )
+    prefilled = worker_pb2.Prefilled(
+        first=wire.output_to_proto(event.output, slot=0),
+        queued=wire.duration(event.queued),
+        computed=wire.duration(event.computed),
     )
+    if request.prompt_logprobs is not None:  # a prompt of one token has an entry, but no logprob
+        prefilled.prompt_logprobs.extend(
+            wire.prompt_logprobs_to_proto(request.prompt_ids, event.prompt_logprobs)
+        )
+    return worker_pb2.PrefillResponse(prefilled=prefilled)

@@ -1,0 +1,160 @@
+"""The public API does what the comments of its protos say, field by field."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import demo_model
+from baton.client import Client, Ended, Event, Started, Text, Totals
+from baton.errors import AlreadyExists
+from baton.v1 import generation_pb2
+from tests.e2e.conftest import Run, Stack, name_every_token
+from tests.engine.conftest import CONFIGS, TinyModel, save_model
+
+PROMPT = list(range(20, 50))
+CONTEXT = 1024
+DEMO = demo_model.path()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A tiny Llama whose token 17 is written "17"."""
+    path = tmp_path_factory.mktemp("llama")
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings = CONTEXT
+    made = save_model(config, path)
+    name_every_token(path)
+    return made
+
+
+@pytest.fixture
+async def stack(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
+    async with run_stack(model.path, dtype="float32", max_batch_tokens=64) as running:
+        yield running
+        await running.quiet()
+        assert not running.gateway.gateway.sessions.waiting
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[Client]:
+    async with stack.client() as connected:
+        yield connected
+
+
+@dataclass
+class Answer:
+    """A whole stream: texts, token ids and endings by sequence."""
+
+    events: list[Event]
+    texts: list[str]
+    ids: list[list[int]]
+    ended: list[generation_pb2.Finished]
+
+    @property
+    def accepted(self) -> generation_pb2.Accepted:
+        started = self.events[0]
+        assert isinstance(started, Started)
+        return started.message
+
+    @property
+    def usage(self) -> generation_pb2.Usage:
+        totals = self.events[-1]
+        assert isinstance(totals, Totals)
+        return totals.message
+
+    def logprobs(self, index: int) -> list[generation_pb2.TokenLogprob]:
+        return [entry for delta in self.deltas(index) for entry in delta.logprobs]
+
+    def deltas(self, index: int) -> list[generation_pb2.Delta]:
+        return [e.message for e in self.events if isinstance(e, Text) and e.index == index]
+
+
+async def ask(client: Client, prompt: Any = PROMPT, n: int = 1, **options: Any) -> Answer:
+    """A stream to its end, with token ids and past end-of-sequence unless told otherwise."""
+    options = {"token_ids": True, "ignore_eos": True, "max_tokens": 20} | options
+    answer = Answer([e async for e in client.generate(prompt, n=n, **options)], [], [], [])
+    for index in range(n):
+        answer.texts.append("".join(delta.text for delta in answer.deltas(index)))
+        answer.ids.append([t for delta in answer.deltas(index) for t in delta.token_ids])
+    ended = {e.index: e.message for e in answer.events if isinstance(e, Ended)}
+    answer.ended = [ended[index] for index in range(n)]
+    return answer
+
+
+async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Code and text of a call's refusal."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return caught.value.code(), caught.value.details() or ""
+
+
+# -- Requests and their names ------------------------------------------------------------------
+
+
+async def test_a_request_without_an_id_takes_that_of_its_metadata(client: Client) -> None:
+    message = generation_pb2.GenerateRequest(token_ids={"ids": PROMPT}, stopping={"max_tokens": 3})
+    metadata = (("traceparent", "00-" + "a" * 32 + "-" + "b" * 16 + "-01"), ("x-request-id", "it"))
+    responses = [r async for r in client.generation.Generate(message, metadata=metadata)]
+    assert {response.request_id for response in responses} == {"it"}
+    message.request_id = "mine"
+    responses = [r async for r in client.generation.Generate(message, metadata=metadata)]
+    assert {response.request_id for response in responses} == {"mine"}
+    code, text = await status_of(
+        client.generation.Generate(
+            generation_pb2.GenerateRequest(prompt="5"), metadata=(("x-request-id", "a b"),)
+        )
+    )
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "request_id" in text
+
+
+async def test_an_id_is_unique_among_live_requests(client: Client) -> None:
+    stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, request_id="one")
+    await anext(stream)
+    with pytest.raises(AlreadyExists):
+        await ask(client, request_id="one")
+    await stream.aclose()
+    assert (await ask(client, request_id="one")).usage.completion_tokens == 20
+
+
+# -- Prompts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefill", [0, 1])
+async def test_prompt_logprobs_have_an_entry_per_token_of_any_prompt(
+    run_stack: Run, model: TinyModel, prefill: int
+) -> None:
+    async with (
+        run_stack(model.path, dtype="float32", prefill=prefill, block_size=4) as stack,
+        stack.client() as client,
+    ):
+        for length in (1, 2, 4, 30):
+            for alternatives in (0, 3):
+                prompt = PROMPT[:length]
+                answer = await ask(client, prompt, prompt_logprobs=alternatives, max_tokens=2)
+                first, *others = answer.accepted.prompt_logprobs
+                assert [first.token_id, *(entry.token_id for entry in others)] == prompt
+                assert not first.HasField("logprob")
+                assert {len(entry.top) for entry in others} <= {alternatives}
+
+
+async def test_numbers_that_json_does_not_have_are_refused_in_chats(run_stack: Run) -> None:
+    async with run_stack(DEMO) as stack, stack.client() as client:
+        for number in (float("nan"), float("inf")):
+            message = generation_pb2.GenerateRequest(chat={"messages": [{"role": "user"}]})
+            message.chat.template_kwargs["key"] = number
+            code, text = await status_of(client.generation.Generate(message))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "chat.template_kwargs" in text
+            message.chat.messages[0].extra["key"] = number
+            message.chat.ClearField("template_kwargs")
+            code, text = await status_of(client.generation.Generate(message))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "chat.messages[0].extra" in text
