@@ -144,10 +144,11 @@ class KvRef:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is."""
+    """How busy a worker is. `steps_per_second`, over the last few seconds, is in reports only."""
 
     running: int
     waiting: int
     free_blocks: int
     total_blocks: int
     draining: bool = False
+    steps_per_second: float = 0.0

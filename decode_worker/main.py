@@ -65,6 +65,7 @@ class DecodeServer:
             capacity_tokens=capacity.blocks * capacity.block_size,
             capacity_blocks=capacity.blocks,
             max_context=capacity.max_context,
+            dtype=layout.dtype,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 

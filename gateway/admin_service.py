@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -31,7 +30,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_INTERVAL = 1.0
 MIN_INTERVAL = 0.1
 MAX_INTERVAL = 3600.0
-RATE_SECONDS = 5.0  # "the last few seconds"
 
 _ROLES = {
     Role.PREFILL: model_pb2.WORKER_ROLE_PREFILL,
@@ -45,7 +43,6 @@ class AdminService(model_pb2_grpc.AdminServiceServicer):
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._samples: list[tuple[float, int]] = []  # time, output tokens until then
 
     async def GetStatus(self, request: GetStatusRequest, context: Context) -> GetStatusResponse:
         """One snapshot."""
@@ -92,17 +89,8 @@ class AdminService(model_pb2_grpc.AdminServiceServicer):
                 _worker, sorted(workers, key=lambda worker: (worker.role.value, worker.id))
             ),
             running_requests=len(self._gateway.sessions) - self._gateway.sessions.waiting,
-            output_tokens_per_second=self._rate(),
+            output_tokens_per_second=self._gateway.output_rate(),
         )
-
-    def _rate(self) -> float:
-        """Output tokens per second since the oldest recent snapshot."""
-        now, tokens = time.monotonic(), self._gateway.generated_tokens()
-        self._samples.append((now, tokens))
-        while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_SECONDS:
-            self._samples.pop(0)
-        since, before = self._samples[0]
-        return (tokens - before) / (now - since) if now > since else 0.0
 
 
 def _worker(record: WorkerRecord) -> WorkerStatus:
@@ -119,4 +107,5 @@ def _worker(record: WorkerRecord) -> WorkerStatus:
         status.free_kv_blocks = record.load.free_blocks
         status.total_kv_blocks = record.load.total_blocks
         status.draining = record.draining or record.load.draining
+        status.steps_per_second = record.load.steps_per_second
     return status

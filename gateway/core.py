@@ -10,6 +10,7 @@ import time
 from baton.config import GatewayConfig
 from baton.errors import QueueError
 from baton.process import Background
+from baton.rate import Rate
 from gateway.dispatch import Dispatcher
 from gateway.fleet import Fleet
 from gateway.housekeeping import Housekeeping
@@ -55,6 +56,7 @@ class Gateway:
         self._housekeeping = Housekeeping(queue, self.sessions, self._dispatcher)
         self._background = Background()
         self._ended_tokens = 0
+        self._output = Rate()
 
     def max_context(self) -> int:
         """Longest prompt plus output that the model and every live worker take."""
@@ -63,6 +65,10 @@ class Gateway:
     def generated_tokens(self) -> int:
         """Output tokens of all requests since the start."""
         return self._ended_tokens + sum(session.generated for session in self.sessions)
+
+    def output_rate(self) -> float:
+        """Output tokens per second over the last few seconds."""
+        return self._output.update(self.generated_tokens(), time.monotonic())
 
     async def start(self) -> None:
         """Announce this gateway and begin to dispatch. Raises QueueError when Redis is away."""
@@ -97,6 +103,7 @@ class Gateway:
 
     async def _watch_depth(self) -> None:
         while True:
+            self.output_rate()  # looked at now, so that it is known when somebody asks
             try:
                 self.metrics.depth(await self.queue.depth())
             except QueueError as error:

@@ -43,7 +43,6 @@ class ModelFacts:
     max_context: int
     eos_token_ids: frozenset[int]
     defaults: SamplingDefaults
-    dtype: str
 
 
 def load_facts(directory: Path, name: str = "") -> ModelFacts:
@@ -60,7 +59,6 @@ def load_facts(directory: Path, name: str = "") -> ModelFacts:
         max_context=_max_context(directory, text),
         eos_token_ids=_eos_token_ids(generation, text),
         defaults=_sampling_defaults(generation),
-        dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
     )
 
 

@@ -48,7 +48,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
         """The model, with limits and capabilities."""
         facts = self._gateway.facts
-        digests = {record.model for record in self._gateway.fleet.records}
+        workers = self._gateway.fleet.records
+        digests = {worker.model for worker in workers}
+        dtype = ", ".join(sorted({worker.dtype for worker in workers}))
         chat = ("chat",) if self._gateway.tokenizer.template is not None else ()
         model = Model(
             name=facts.name,
@@ -56,8 +58,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             max_context_tokens=self._gateway.max_context(),
             vocab_size=facts.vocab_size,
             capabilities=sorted(CAPABILITIES + chat),
-            weight_dtype=facts.dtype,
-            kv_dtype=facts.dtype,
+            weight_dtype=dtype,
+            kv_dtype=dtype,
         )
         return ListModelsResponse(models=[model])
 

@@ -78,6 +78,7 @@ class PrefillServer:
             capacity_tokens=ahead,
             capacity_blocks=capacity.blocks,
             max_context=capacity.max_context,
+            dtype=layout.dtype,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 

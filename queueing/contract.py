@@ -73,6 +73,7 @@ class WorkerRecord:
     max_context: int
     draining: bool
     load: Load | None = None  # last reported
+    dtype: str = ""  # number format of weights and KV
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Registration:
     capacity_tokens: int
     capacity_blocks: int
     max_context: int
+    dtype: str = ""
 
 
 class Verdict(Enum):

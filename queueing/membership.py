@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from baton.config import WorkerConfig
 from baton.errors import QueueError
 from baton.process import Background, until_stopped
+from baton.rate import Rate
 from baton.rpc import Server
 from baton.types import Load
 from queueing.contract import Progress, Registration, Verdict
@@ -22,10 +25,21 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_SECONDS = 0.02
 
 
+class Engine(Protocol):
+    """What runs a worker's passes."""
+
+    steps: int  # since the start
+
+
 class Member(Protocol):
     """A worker, as its membership sees it: a PrefillWorker or a DecodeWorker."""
 
     draining: bool
+
+    @property
+    def engine(self) -> Engine:
+        """Its engine."""
+        ...
 
     @property
     def idle(self) -> bool:
@@ -58,6 +72,7 @@ class Membership:
     ) -> None:
         self._worker, self._server, self._services = worker, server, services
         self._name = registration.id
+        self._steps = Rate()
         self._background = Background()
         self._queue = RedisWorkerQueue(
             config.redis_url.get_secret_value(),
@@ -70,7 +85,7 @@ class Membership:
             interval=config.report_interval,
             settle=config.worker_ttl,
             collect=worker.progress,
-            load=worker.load,
+            load=self._load,
             drop=worker.drop,
         )
 
@@ -94,6 +109,10 @@ class Membership:
             log.warning("left without telling the registry: %s", error)
         await self._queue.close()
         await self._server.stop(0)
+
+    def _load(self) -> Load:
+        rate = self._steps.update(self._worker.engine.steps, time.monotonic())
+        return replace(self._worker.load(), steps_per_second=rate)
 
     async def _drain(self, seconds: float) -> None:
         self._worker.draining = True

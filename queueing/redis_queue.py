@@ -230,6 +230,7 @@ class RedisWorkerQueue:
             "capacity_tokens": it.capacity_tokens,
             "capacity_blocks": it.capacity_blocks,
             "max_context": it.max_context,
+            "dtype": it.dtype,
         }
         flat = [part for pair in fields.items() for part in pair]
         self._epoch = int(
@@ -281,6 +282,7 @@ def _worker(id: str, fields: dict[str, str]) -> WorkerRecord:
         max_context=int(fields["max_context"]),
         draining=fields["draining"] == "1",
         load=Load(**json.loads(fields["load"])) if fields["load"] else None,
+        dtype=fields["dtype"],
     )
 
 

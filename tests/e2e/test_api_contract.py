@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,13 +13,15 @@ import pytest
 import demo_model
 from baton.client import Client, Ended, Event, Started, Text, Totals
 from baton.errors import AlreadyExists
-from baton.v1 import generation_pb2
+from baton.v1 import generation_pb2, model_pb2
+from baton.v1.model_pb2_grpc import AdminServiceStub
 from tests.e2e.conftest import Run, Stack, name_every_token
 from tests.engine.conftest import CONFIGS, TinyModel, save_model
 
 PROMPT = list(range(20, 50))
-CONTEXT = 1024
+CONTEXT = 4096
 DEMO = demo_model.path()
+LOOK = model_pb2.GetStatusRequest()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ async def test_a_request_without_an_id_takes_that_of_its_metadata(client: Client
 
 
 async def test_an_id_is_unique_among_live_requests(client: Client) -> None:
-    stream = client.generate(PROMPT, max_tokens=900, ignore_eos=True, request_id="one")
+    stream = client.generate(PROMPT, max_tokens=3000, ignore_eos=True, request_id="one")
     await anext(stream)
     with pytest.raises(AlreadyExists):
         await ask(client, request_id="one")
@@ -158,3 +160,42 @@ async def test_numbers_that_json_does_not_have_are_refused_in_chats(run_stack: R
             code, text = await status_of(client.generation.Generate(message))
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert "chat.messages[0].extra" in text
+
+
+# -- Models and status -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+async def test_models_are_listed_with_the_number_format_that_runs(
+    run_stack: Run, dtype: str
+) -> None:
+    async with run_stack(DEMO, dtype=dtype) as stack, stack.client() as client:
+        (listed,) = await client.list_models()
+        runs = "bfloat16" if dtype == "auto" else dtype
+        assert (listed.weight_dtype, listed.kv_dtype) == (runs, runs)
+        assert listed.revision
+        assert listed.max_context_tokens == 1024
+        accepted = (await ask(client, "x", model=listed.name, max_tokens=1)).accepted
+        assert accepted.model == listed.name
+
+
+async def test_one_look_at_the_status_tells_rates_and_what_runs(
+    stack: Stack, client: Client
+) -> None:
+    admin = AdminServiceStub(client.channel)
+    streams = [client.generate(PROMPT, n=2, max_tokens=3000, ignore_eos=True) for _ in range(3)]
+    for stream in streams:
+        assert isinstance(await anext(stream), Started)
+    await asyncio.sleep(0.8)  # reports and looks at them are 100 and 250 ms apart
+    status = (await admin.GetStatus(LOOK)).status
+    assert status.output_tokens_per_second > 0
+    decode, prefill = status.workers
+    assert status.running_requests == 3
+    assert decode.running_sequences == 6
+    assert 0 < decode.free_kv_blocks < decode.total_kv_blocks
+    assert decode.steps_per_second > 0
+    assert prefill.running_sequences == 0
+    assert not any(level.waiting_requests for level in status.levels)
+    await asyncio.gather(*(stream.aclose() for stream in streams))
+    await stack.quiet()
+    assert (await admin.GetStatus(LOOK)).status.running_requests == 0

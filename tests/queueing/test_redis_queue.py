@@ -63,6 +63,7 @@ class Pool:
             capacity_tokens=capacity_tokens,
             capacity_blocks=8,
             max_context=4096,
+            dtype="bfloat16",
         )
         queue = RedisWorkerQueue(self.url, self.name, registration, clock=self.clock)
         self._open.append(queue)
@@ -344,8 +345,9 @@ async def test_the_last_reported_load_is_in_the_worker_record(cluster: Pool):
     gateway = await cluster.gateway("g")
     worker = await cluster.worker("p")
     assert (await record(gateway, "p")).load is None
-    await worker.report([], Load(1, 2, 3, 4, draining=True))
-    assert (await record(gateway, "p")).load == Load(1, 2, 3, 4, draining=True)
+    await worker.report([], Load(1, 2, 3, 4, draining=True, steps_per_second=5.5))
+    assert (await record(gateway, "p")).load == Load(1, 2, 3, 4, True, 5.5)
+    assert (await record(gateway, "p")).dtype == "bfloat16"
 
 
 async def test_ended_requests_are_forgotten_soon(cluster: Pool, redis_url: str):
