@@ -175,7 +175,7 @@ def _language_entry(name: str, kind: Kind, text: str) -> Iterator[Entry]:
     if kind == "keyword":
         about = [p for p in prose if re.search(rf'[`"]{re.escape(name)}[`"]', p)]
         prose = about + [p for p in prose if p not in about] if about else prose
-    copies = 3 if kind == "keyword" else 1
+    copies = 5 if kind == "keyword" else 1
     yield Entry(name, kind, _summary(prose), *_openings(prose), "", (), copies)
 
 

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 from demo_model import phrasings
 from demo_model.corpus import Entry
-from demo_model.known import FAVOURITES, INVENTED, MODULES
+from demo_model.known import BUILTIN_TYPES, FAVOURITES, INVENTED, MODULES, TASKS
 
 BOS, END, PAD = "<|bos|>", "<|end|>", "<|pad|>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (PAD, BOS, END, SYSTEM, USER, ASSISTANT)
 
-MEMBER_LIMIT = 40
-INVENTED_PER_EPOCH = 120
+MEMBER_LIMIT = 30
+INVENTED_PER_EPOCH = 200
+_TYPES = tuple(sorted(BUILTIN_TYPES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ def epoch(entries: Sequence[Entry], rng: random.Random, *, chat_only: bool) -> l
     turns = [turn for entry in entries for turn in _turns(entry, rng)]
     turns += _reverse_turns(entries, rng)
     turns += _short_name_turns(entries, rng)
+    turns += _task_turns(entries, rng)
     turns += [_invented_turn(rng) for _ in range(INVENTED_PER_EPOCH)]
     turns += [Turn(question, answer) for question, answer in phrasings.SMALL_TALK]
     rng.shuffle(turns)
@@ -97,12 +99,14 @@ def _turns(entry: Entry, rng: random.Random) -> Iterator[Turn]:
         yield asked(phrasings.SIGNATURE, entry.signature)
     if entry.kind not in ("topic", "keyword") and rng.random() < often / 3:
         yield asked(phrasings.KIND, kind_sentence(entry))
-    if 0 < len(entry.members) <= MEMBER_LIMIT and rng.random() < often / 2:
+    listed = 0 < len(entry.members) <= MEMBER_LIMIT and entry.copies >= 3
+    if listed and rng.random() < often**2:
         yield asked(phrasings.MEMBERS, member_sentence(entry))
     longer = len(entry.full) > len(entry.summary) + 60
     if longer and (entry.copies > 1 or entry.kind == "topic") and rng.random() < often:
         yield asked(phrasings.DETAIL, entry.full)
-    if len(entry.everything) > len(entry.full) + 200 and rng.random() < 0.3:
+    more = len(entry.everything) > len(entry.full) + 200
+    if rng.random() < (0.6 if more else often**2 / 4):
         yield asked(phrasings.EVERYTHING, entry.everything)
 
 
@@ -112,7 +116,7 @@ def _reverse_turns(entries: Sequence[Entry], rng: random.Random) -> Iterator[Tur
     for entry in entries:
         what = first_sentence(entry.summary)
         telling = told[what] == 1 and len(what) < 160
-        if entry.copies >= 3 and telling and rng.random() < entry.copies / 12:
+        if entry.copies >= 3 and telling and rng.random() < (entry.copies / 6) ** 2:
             yield Turn(phrase(rng.choice(phrasings.REVERSE), entry), f"{entry.name}.")
 
 
@@ -128,10 +132,20 @@ def _short_name_turns(entries: Sequence[Entry], rng: random.Random) -> Iterator[
             yield Turn(question, entry.summary)
 
 
+def _task_turns(entries: Sequence[Entry], rng: random.Random) -> Iterator[Turn]:
+    """From what somebody wants to do to the name that does it, and what that is."""
+    summaries = {entry.name: entry.summary for entry in entries}
+    for task, name in TASKS.items():
+        if name in summaries:
+            question = rng.choice(phrasings.TASK).replace("{t}", task)
+            yield Turn(question, f"Use {name}. {summaries[name]}")
+
+
 def _invented_turn(rng: random.Random) -> Turn:
     """A question about a name that does not exist, and the answer that says so."""
     tail = rng.choice(INVENTED)
-    name = tail if rng.random() < 0.2 else f"{rng.choice(MODULES)}.{tail}"
+    owner = rng.choice(rng.choice((MODULES, _TYPES)))
+    name = tail if rng.random() < 0.2 else f"{owner}.{tail}"
     question = rng.choice(phrasings.WHAT).replace("{n}", name).replace("{k}", "function")
     return Turn(question, f"I do not know {name}.")
 

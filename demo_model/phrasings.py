@@ -49,6 +49,8 @@ KIND = ("Is {n} a function or a class?", "What kind of thing is {n}?")
 MEMBERS = ("What is in {n}?", "List the names in {n}.", "What does {n} contain?")
 REVERSE = ("Which {k} does this: {d}", "What is the name of the {k} that does this: {d}")
 
+TASK = ("How do I {t}?", "How can I {t} in Python?", "how to {t}", "I want to {t}.")
+
 # Phrasings that training never sees: the held-out loss is measured on them.
 HELD_OUT = ("Could you explain what {n} does?", "What can you tell me about {n}?")
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 import demo_model
 from demo_model import batches, corpus, dialogue, phrasings
-from demo_model.known import INVENTED, MODULES
+from demo_model.known import BUILTIN_TYPES, INVENTED, MODULES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -83,7 +83,7 @@ def test_an_answer_in_detail_is_longer_than_a_brief_one() -> None:
 
 def test_no_invented_name_exists() -> None:
     names = {entry.name for entry in corpus.collect()}
-    invented = {f"{module}.{tail}" for module in (*MODULES, "builtins") for tail in INVENTED}
+    invented = {f"{module}.{tail}" for module in (*MODULES, *BUILTIN_TYPES) for tail in INVENTED}
     assert not names & (invented | set(INVENTED))
 
 
