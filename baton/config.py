@@ -95,7 +95,9 @@ class GatewayConfig(SchedulingConfig):
     max_stop_strings: Positive = Field(16, description="most stop strings")
     default_max_tokens: Positive = Field(256, description="max_tokens when the caller sets none")
     queue_timeout: Seconds = Field(30.0, description="longest wait in the queue")
-    request_timeout: Seconds = Field(600.0, description="deadline for callers that set none")
+    request_timeout: Seconds = Field(
+        600.0, description="longest deadline, and that of callers that set none"
+    )
     max_attempts: Positive = Field(4, description="workers tried per request")
     prefill_seconds_per_token: Seconds = Field(
         0.0005, description="cost model of the first iteration: per uncached prompt token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 
@@ -99,7 +100,17 @@ class Gateway:
     def _session_done(self, session: Session) -> None:
         self._dispatcher.stop(session)
         self._ended_tokens += session.generated
-        self.metrics.session_done(session, time.monotonic())
+        now = time.monotonic()
+        self.metrics.session_done(session, now)
+        log.info(
+            "request %s: %s after %.3f s, %d prompt tokens, %d output tokens, labels %s",
+            session.id,
+            "served" if session.error is None else type(session.error).__name__,
+            now - session.job.request.arrived_at,
+            len(session.job.request.prompt_ids),
+            session.generated,
+            json.dumps(dict(session.job.labels)),
+        )
 
     async def _watch_depth(self) -> None:
         while True:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from baton.types import Request
 
@@ -28,4 +29,5 @@ class Job:
     time_limit: float | None = None  # soft: the partial output is kept
     stop_strings: tuple[str, ...] = ()
     include_stop: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)  # for the log
     response: ResponseFormat = ResponseFormat()

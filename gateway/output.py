@@ -79,16 +79,17 @@ class SequenceOutput:
         """What another worker must know to go on from here."""
         return PriorOutput(tuple(self.token_ids), finished=self.ending is not None)
 
-    def take(self) -> Delta | None:
+    def take(self, *, last: bool = False) -> Delta | None:
         """Everything since the last delta, if it is time for one: the first token at once, then
-        whenever `stream_interval` tokens are there, and all of it at the end."""
+        whenever `stream_interval` tokens are there, and all of it at the end. `last`: the request
+        has ended, though this sequence may not have."""
         count = len(self.token_ids) - self._taken
         ready = count >= (self._format.stream_interval if self._taken else 1)
-        if not ready and (self.ending is None or not (count or self._text)):
+        over = last or self.ending is not None
+        if not ready and not (over and (count or self._text)):
             return None
         delta = Delta(index=self.index, token_count=count)
-        if self._format.text:
-            delta.text = "".join(self._text)
+        delta.text = "".join(self._text)
         if self._format.token_ids:
             delta.token_ids.extend(self.token_ids[self._taken :])
         delta.logprobs.extend(logprob_message(entry, self._tokenizer) for entry in self._logprobs)
@@ -118,7 +119,7 @@ class SequenceOutput:
         self.ending = self.ending or ending  # the last characters may have completed a stop
 
     def _show(self, text: str) -> None:
-        if text:
+        if text and self._format.text:
             self._text.append(text)
 
 

@@ -187,7 +187,7 @@ class Session:
             for sequence in self.outputs:
                 # Looked at first: the end may come, with tokens, while a delta is being written.
                 ended = sequence.ending is not None
-                if (delta := sequence.take()) is not None:
+                if (delta := sequence.take(last=over)) is not None:
                     yield GenerateResponse(request_id=self.id, delta=delta)
                 if ended and sequence.index not in self._reported:
                     self._reported.add(sequence.index)

@@ -84,6 +84,7 @@ class Validator:
             time_limit=fields.duration(message.stopping, "stopping.time_limit", longest),
             stop_strings=self._stop_strings(fields, list(message.stopping.stop)),
             include_stop=message.stopping.include_stop,
+            labels=dict(message.labels),
             response=response,
         )
         fields.raise_if_any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,25 @@ async def test_a_request_without_an_id_takes_that_of_its_metadata(client: Client
     )
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "request_id" in text
+
+
+async def test_labels_are_in_the_log_and_nowhere_else(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="gateway.core")
+    plain = await ask(client, temperature=1.0, seed=5)
+    accepted_without_effect: dict[str, Any] = {
+        "labels": {"team": "a\nb"},
+        "session_id": "s",
+        "user": "somebody",
+        "priority": 7,
+        "cache": generation_pb2.CacheOptions(bypass_prefix_cache=True, salt="salt"),
+        "resume_window": {"seconds": 5},
+        "extra": {"unknown": 1},
+    }
+    labelled = await ask(client, temperature=1.0, seed=5, **accepted_without_effect)
+    assert labelled.ids == plain.ids
+    assert caplog.messages[-1].endswith('20 output tokens, labels {"team": "a\\nb"}')
 
 
 async def test_an_id_is_unique_among_live_requests(client: Client) -> None:

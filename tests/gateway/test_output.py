@@ -78,6 +78,14 @@ def test_held_back_text_comes_out_at_the_end(tokenizer):
     assert sequence.take() is None
 
 
+def test_no_empty_delta_comes_when_no_text_is_wanted(tokenizer):
+    sequence = output(tokenizer, stop_strings=("never",), response=ResponseFormat(text=False))
+    sequence.push(ids(tokenizer, "nev"), (), None, 0.0)
+    assert sequence.take() is not None
+    sequence.end(FinishReason.TIME_LIMIT)
+    assert sequence.take() is None
+
+
 def test_stop_strings_work_when_no_text_is_wanted(tokenizer):
     sequence = output(
         tokenizer, stop_strings=("!",), response=ResponseFormat(text=False, token_ids=True)

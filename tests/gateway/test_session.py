@@ -7,7 +7,7 @@ import pytest
 from baton.errors import Unavailable
 from baton.types import Claim, Finish, FinishReason, Output, Request, Sampling, Stopping
 from baton.v1.generation_pb2 import TokenLogprob
-from gateway.job import Job
+from gateway.job import Job, ResponseFormat
 from gateway.session import Session, State
 from gateway.tokenizer import Tokenizer
 
@@ -21,11 +21,11 @@ def ended() -> list[Session]:
 def make(model_directory, ended):
     tokenizer = Tokenizer.load(model_directory)
 
-    def make(n: int = 1, prompt_logprobs: int | None = None) -> Session:
+    def make(n: int = 1, prompt_logprobs: int | None = None, interval: int = 1) -> Session:
         request = Request(
             "r", (5, 6), Sampling(n=n), Stopping(max_tokens=9), prompt_logprobs=prompt_logprobs
         )
-        job = Job(request, "tenant", 1.0)
+        job = Job(request, "tenant", 1.0, response=ResponseFormat(stream_interval=interval))
         return Session(job, "tiny", tokenizer, clock=lambda: 1.0, on_done=ended.append)
 
     return make
@@ -63,6 +63,18 @@ async def test_what_was_generated_before_an_error_is_delivered_first(make, ended
             events.append(response.WhichOneof("event"))
     assert events == ["accepted", "delta"]
     assert ended == [session]
+
+
+async def test_an_error_holds_no_token_back(make):
+    session = make(interval=10)
+    stream = session.responses()
+    session.accept(tokens(70))
+    assert [(await anext(stream)).WhichOneof("event") for _ in range(2)] == ["accepted", "delta"]
+    session.accept(tokens(71, 72))
+    session.fail(Unavailable("gone"))
+    assert (await anext(stream)).delta.token_count == 2
+    with pytest.raises(Unavailable):
+        await anext(stream)
 
 
 async def test_nothing_changes_after_the_end(make, ended):
