@@ -126,8 +126,10 @@ class Dispatcher:
 
     async def take_back(self, session: Session) -> None:
         """The queue took the request from its worker: end that attempt, let it wait again."""
+        claim = session.claim
         await self._end_attempt(session)
-        await self._requeue(session, fault=False)
+        if session.claim == claim:  # else the queue has given it to the next worker meanwhile
+            await self._requeue(session, fault=False)
 
     async def _end_attempt(self, session: Session) -> None:
         if (attempt := self._attempts.get(session.id)) is not None:
@@ -171,8 +173,10 @@ class Dispatcher:
             except QueueError:
                 await asyncio.sleep(GIVE_BACK_PAUSE)
             else:
-                # Also when the claim was stale: then the queue has put it back by itself.
-                self._sessions.requeued(session, fault=fault)
+                # Also when the claim was stale: then the queue has put it back by itself, and may
+                # have given it to the next worker.
+                if session.claim == claim:
+                    self._sessions.requeued(session, fault=fault)
                 return
         session.fail(Unavailable("the worker failed and the queue cannot be reached"))
 
