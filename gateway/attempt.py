@@ -4,7 +4,7 @@
     client ──▶ queue.handoff ──▶ Activate ──▶ tokens until the session is done
 
 With local prefill everything after Reserved is the decode worker's. Whatever ends the attempt,
-the slot is freed and the Prefill call cancelled.
+the slot is freed and the Prefill call cancelled, which ends the lease if nobody has taken the KV.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from baton.internal.v1.worker_pb2 import (
     KvRef,
     Prefilled,
     PrefillRequest,
+    PrefillResponse,
     SlotEvent,
     SlotFailed,
     StartRequest,
@@ -68,6 +69,7 @@ class Attempt:
         self._local = workers.prefill is None
         self._reserved = asyncio.Event()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._call: grpc.aio.UnaryStreamCall[PrefillRequest, PrefillResponse] | None = None
 
     async def run(self) -> None:
         """Serve the request."""
@@ -80,6 +82,8 @@ class Attempt:
                 await (self._failure if self._failure.done() else work)
         finally:
             self._workers.decode.close(self._slot)
+            if self._call is not None:
+                self._call.cancel()  # no effect on a call that has ended
             work.cancel()
             self._failure.cancel()
             await asyncio.gather(work, self._failure, return_exceptions=True)
@@ -117,7 +121,8 @@ class Attempt:
         self._workers.decode.send(DecodeRequest(start=start))
 
     async def _prefill(self, peer: PrefillPeer) -> Prefilled:
-        """Drive the Prefill call; the decode worker pulls while it goes on."""
+        """Drive the Prefill call; the decode worker pulls while it goes on, and perhaps longer:
+        the call ends with the lease."""
         session = self._session
         request = PrefillRequest(
             request=wire.request_to_proto(session.engine_request()),
@@ -126,9 +131,9 @@ class Attempt:
         asked_at = time.monotonic()
         deadline = session.job.request.deadline
         timeout = None if deadline is None else max(0.0, deadline - asked_at)
-        call = peer.stub.Prefill(request, timeout=timeout)
+        self._call = peer.stub.Prefill(request, timeout=timeout)
         try:
-            async for response in call:
+            async for response in self._call:
                 match response.WhichOneof("event"):
                     case "leased":
                         self._attach(response.leased)
@@ -144,8 +149,6 @@ class Attempt:
                         return prefilled
         except grpc.aio.AioRpcError as error:
             self._refused_by(peer, error)
-        finally:
-            call.cancel()  # no effect on a call that has ended
         raise WorkerFailed(f"prefill worker {peer.record.id} ended without a token")
 
     def _refused_by(self, peer: PrefillPeer, error: grpc.aio.AioRpcError) -> None:

@@ -19,8 +19,9 @@ class Job:
     claim: Claim
     news: asyncio.Queue[KvRef | Prefilled | Exception] = field(default_factory=asyncio.Queue)
     lease: bytes = b""  # none before the first pass
+    blocks: list[int] = field(default_factory=list)  # under the lease
+    freed: asyncio.Event = field(default_factory=asyncio.Event)  # of them
     served: float = 0.0  # seconds of passes it took part in
-    complete: bool = False
 
     @property
     def prior_tokens(self) -> int:

@@ -40,8 +40,8 @@ class PrefillWorker:
         self._block_size = executor.capacity.block_size
         self._producer = producer
         self._metrics = metrics
-        self._jobs: dict[str, Job] = {}  # by the scheduler's request id
-        self._leased: dict[bytes, list[int]] = {}  # blocks under lease, by lease id
+        self._jobs: dict[str, Job] = {}  # not complete; by the scheduler's request id
+        self._leased: dict[bytes, Job] = {}  # whose blocks are under lease, by lease id
         self._calls = 0
         self.draining = False
         self.engine = EngineLoop(scheduler, executor, self._on_events)
@@ -51,10 +51,11 @@ class PrefillWorker:
     async def prefill(
         self, request: Request, claim: Claim
     ) -> AsyncGenerator[KvRef | Prefilled, None]:
-        """Run one prefill: a KvRef as soon as there are blocks, then a Prefilled.
+        """Run one prefill: a KvRef as soon as there are blocks, then a Prefilled; the end comes
+        when the lease has ended.
 
-        Closing the iterator stops the work and revokes the lease, unless prefill was complete:
-        then the lease lives on, for the decode worker. Raises InvalidRequest and Overloaded.
+        Closing the iterator stops the work and revokes the lease: whoever asked for it is the
+        only one who could send a decode worker for it. Raises InvalidRequest and Overloaded.
         """
         if self.draining:
             raise Unavailable("this worker is shutting down")
@@ -71,7 +72,8 @@ class PrefillWorker:
                     raise news
                 yield news
                 if isinstance(news, Prefilled):
-                    return
+                    break
+            await job.freed.wait()
         finally:
             self._drop(job)
 
@@ -105,12 +107,12 @@ class PrefillWorker:
             self._scheduler.release(blocks)
             self._fail(job, error)
             return
-        self._leased[ref.lease_id] = blocks
-        job.lease = ref.lease_id
+        self._leased[ref.lease_id] = job
+        job.lease, job.blocks = ref.lease_id, blocks
         job.news.put_nowait(ref)
 
     def _complete(self, job: Job, event: Prefilled) -> None:
-        job.complete = True
+        del self._jobs[job.request.id]
         if event.output.finish is None:
             self._producer.seal(job.lease)
         else:
@@ -119,7 +121,9 @@ class PrefillWorker:
 
     def on_freed(self, lease_id: bytes) -> None:
         """The blocks of a lease may be used again."""
-        self._scheduler.release(self._leased.pop(lease_id))
+        job = self._leased.pop(lease_id)
+        self._scheduler.release(job.blocks)
+        job.freed.set()
         self._metrics.load(self.load())
         self.engine.wake()
 
@@ -130,13 +134,12 @@ class PrefillWorker:
         job.news.put_nowait(error)
 
     def _drop(self, job: Job) -> None:
-        """Forget a job; stop its work and end its lease if it was not complete. Idempotent."""
-        if self._jobs.pop(job.request.id, None) is None or job.complete:
-            return
-        self._scheduler.abort(job.request.id, time.monotonic())
+        """Forget a job, stop its work and end its lease. Idempotent."""
+        if self._jobs.pop(job.request.id, None) is not None:
+            self._scheduler.abort(job.request.id, time.monotonic())
+            self.engine.wake()
         if job.lease:
             self._producer.revoke(job.lease)
-        self.engine.wake()
 
     def progress(self) -> list[Progress]:
         """What this worker holds, for the report: prefills that have no new output yet. A

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -54,6 +54,7 @@ class Rig:
         )
         metrics = EngineMetrics("prefill", CollectorRegistry())
         self.worker = PrefillWorker(self.executor, self.scheduler, self.producer, metrics)
+        self.calls: list[AsyncGenerator[KvRef | Prefilled, None]] = []
 
     async def __aenter__(self) -> Rig:
         await self.producer.start()
@@ -61,6 +62,8 @@ class Rig:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        for call in self.calls:
+            await call.aclose()
         await self.worker.stop()
         await self.producer.close()
         await self.all_free()
@@ -72,7 +75,10 @@ class Rig:
                 await asyncio.sleep(0.005)
 
     async def run(self, one: Request) -> tuple[KvRef, Prefilled]:
-        ref, done = [news async for news in self.worker.prefill(one, Claim(1))]
+        """Until the first token is there. The call goes on with the lease."""
+        call = self.worker.prefill(one, Claim(1))
+        self.calls.append(call)
+        ref, done = await anext(call), await anext(call)
         assert isinstance(ref, KvRef)
         assert isinstance(done, Prefilled)
         return ref, done
@@ -96,6 +102,17 @@ async def test_a_prefill_gives_a_lease_and_the_first_token(rig: Rig) -> None:
     assert rig.producer.leased_blocks == 6
     assert rig.producer.release(ref.lease_id, committed=True)
     await rig.all_free()
+    assert await anext(rig.calls[0], None) is None  # the call ends with the lease
+
+
+async def test_closing_the_call_after_the_first_token_takes_the_kv_back(rig: Rig) -> None:
+    ref, _ = await rig.run(request(21))
+    assert rig.worker.progress() == []  # under no claim of this worker any more
+    assert not rig.worker.idle
+    await rig.calls[0].aclose()
+    await rig.all_free()
+    assert not rig.producer.release(ref.lease_id, committed=True)
+    assert rig.worker.idle
 
 
 async def test_a_token_that_ends_the_request_leaves_no_lease(rig: Rig) -> None:
