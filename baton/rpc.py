@@ -113,7 +113,8 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 async def _abort(context: Any, error: Exception) -> None:
     """End the RPC with the status of `error`."""
-    if isinstance(error, grpc.aio.AbortError):
+    # gRPC's own: the handler has ended the RPC, or tried to when the client had gone already.
+    if isinstance(error, (grpc.aio.AbortError, grpc.aio.InternalError)):
         raise error
     if not isinstance(error, BatonError):
         log.exception("unexpected error in a handler", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -34,11 +35,23 @@ class Failing(model_pb2_grpc.ModelServiceServicer):
 
     error: Exception = errors.BatonError("unset")
 
+    def __init__(self) -> None:
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+
     async def ListModels(self, request: Any, context: Any) -> Any:
         raise self.error
 
     async def Tokenize(self, request: Any, context: Any) -> Any:
         return model_pb2.TokenizeResponse(token_ids=[len(request.text)])
+
+    async def Detokenize(self, request: Any, context: Any) -> Any:
+        """Fails in the moment that the client goes away."""
+        self.began.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.ended.set()
+            raise errors.NotFound("lease", "revoked while it was followed") from None
 
 
 @pytest.fixture
@@ -115,6 +128,20 @@ async def test_a_malformed_message_is_an_invalid_argument_and_the_server_goes_on
     assert status.code == code_pb2.INVALID_ARGUMENT
     stub = model_pb2_grpc.ModelServiceStub(channel)
     assert (await stub.Tokenize(model_pb2.TokenizeRequest(text="abc"))).token_ids == [3]
+
+
+async def test_an_error_after_the_client_has_gone_is_nobodys_business(
+    failing: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    servicer, channel = failing
+    call = model_pb2_grpc.ModelServiceStub(channel).Detokenize(model_pb2.DetokenizeRequest())
+    waiting = asyncio.ensure_future(call)
+    await servicer.began.wait()
+    call.cancel()
+    await servicer.ended.wait()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await asyncio.sleep(0.05)
+    assert caplog.records == []
 
 
 async def test_unknown_fields_are_ignored(failing: Any) -> None:
