@@ -11,7 +11,8 @@ details carry; a lost connection is Unavailable.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -22,11 +23,11 @@ from google.protobuf.any_pb2 import Any as PackedAny
 from google.rpc import code_pb2, error_details_pb2
 from grpc_status import rpc_status
 
-from baton import errors
+from baton import errors, wire
 from baton.v1 import generation_pb2, model_pb2
 from baton.v1.generation_pb2 import GenerateRequest, GenerateResponse
 from baton.v1.generation_pb2_grpc import GenerationServiceStub
-from baton.v1.model_pb2_grpc import ModelServiceStub
+from baton.v1.model_pb2_grpc import AdminServiceStub, ModelServiceStub
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages ({"role": ..., "content": ...})."""
@@ -104,6 +105,7 @@ class Client:
         )
         self.generation = GenerationServiceStub(self.channel)
         self.models = ModelServiceStub(self.channel)
+        self.admin = AdminServiceStub(self.channel)
 
     async def __aenter__(self) -> Client:
         return self
@@ -122,7 +124,7 @@ class Client:
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Any
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Stream the answer to `prompt`. `options` are fields of SamplingParams, StoppingParams,
         ResponseOptions and GenerateRequest by name: `max_tokens=64, temperature=0.7, seed=1`.
 
@@ -161,15 +163,12 @@ class Client:
         *,
         timeout: float | None = None,
         **options: Any,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Stream the answer to a chat; a plain string is one turn of the user."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        stream = self.generate(turns, timeout=timeout, **options)
-        try:
+        async with aclosing(self.generate(turns, timeout=timeout, **options)) as stream:
             async for event in stream:
                 yield event
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined] # generate is a generator
 
     async def abort(self, *request_ids: str, reason: str = "") -> list[str]:
         """End requests with what they have; returns those that were live."""
@@ -180,13 +179,57 @@ class Client:
             raise error_of(error) from error
         return list(response.aborted_request_ids)
 
-    async def list_models(self) -> list[model_pb2.Model]:
+    async def list_models(self, *, timeout: float | None = None) -> list[model_pb2.Model]:
         """What is served, with limits and capabilities."""
+        message = model_pb2.ListModelsRequest()
         try:
-            response = await self.models.ListModels(model_pb2.ListModelsRequest())
+            response = await self.models.ListModels(message, timeout=timeout)
         except grpc.aio.AioRpcError as error:
             raise error_of(error) from error
         return list(response.models)
+
+    async def tokenize(
+        self,
+        text: str | Sequence[Mapping[str, str]],
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Token ids of a text or a chat, as `generate` would send them to the model."""
+        message = model_pb2.TokenizeRequest(model=model)
+        if isinstance(text, str):
+            message.text = text
+        else:
+            message.chat.CopyFrom(request(text).chat)
+        try:
+            response = await self.models.Tokenize(message, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return list(response.token_ids)
+
+    async def status(self, *, timeout: float | None = None) -> model_pb2.ClusterStatus:
+        """A snapshot of the cluster: queue levels, workers, KV use."""
+        try:
+            response = await self.admin.GetStatus(model_pb2.GetStatusRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        return response.status
+
+    async def watch_status(
+        self, interval: float = 1.0
+    ) -> AsyncGenerator[model_pb2.ClusterStatus, None]:
+        """Snapshots every `interval` seconds, the first one at once, until the iterator is closed.
+        Raises the errors of `baton.errors`."""
+        call = self.admin.WatchStatus(
+            model_pb2.WatchStatusRequest(interval=wire.duration(interval))
+        )
+        try:
+            async for response in call:
+                yield response.status
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error) from error
+        finally:
+            call.cancel()
 
 
 def request(prompt: Prompt, **options: Any) -> GenerateRequest:
