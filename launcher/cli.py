@@ -23,7 +23,7 @@ _PROCESSES = ["gateway", "prefill", "decode"]
 click.rich_click.MAX_WIDTH = 110
 click.rich_click.COMMAND_GROUPS = {
     "baton": [
-        {"name": "Use", "commands": ["demo", "serve", "generate"]},
+        {"name": "Use", "commands": ["demo", "serve", "generate", "chat", "top"]},
         {"name": "One process each, as a cluster runs them", "commands": _PROCESSES},
         {"name": "Other", "commands": ["health", "bench", "version"]},
     ]
@@ -108,9 +108,7 @@ def _exit_now() -> None:
     os._exit(0)
 
 
-@baton.command()
-@click.argument("text")
-@click.option(
+_gateway_address = click.option(
     "--address",
     envvar="BATON_ADDRESS",
     default="127.0.0.1:50051",
@@ -118,6 +116,11 @@ def _exit_now() -> None:
     show_envvar=True,
     help="host:port of a gateway",
 )
+
+
+@baton.command()
+@click.argument("text")
+@_gateway_address
 @click.option("--model", default="", help="served model; the only one if not given")
 @click.option("--max-tokens", type=int, help="most tokens to generate")
 @click.option("--temperature", type=float, help="0 takes the likeliest token each time")
@@ -139,6 +142,50 @@ def generate(text: str, **options: Any) -> None:
 
     ask = Ask(text=sys.stdin.read() if text == "-" else text, **options)
     sys.exit(uvloop.run(run(ask)))
+
+
+@baton.command()
+@_gateway_address
+@click.option("--model", default="", help="served model; the only one if not given")
+@click.option("--system", default="", help="system message of the chat")
+@click.option("--temperature", type=float, help="0 takes the likeliest token each time")
+@click.option("--max-tokens", type=int, help="most tokens of each answer")
+@click.option(
+    "--timeout", type=float, default=300.0, show_default=True, help="seconds, for each answer"
+)
+def chat(**options: Any) -> None:
+    """Talk with a model.
+
+    Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands. When standard input is no
+    terminal, each line of it is a turn: answers go to standard output, figures and errors to
+    standard error, and the first error ends it with exit code 1.
+    """
+    from launcher.chat import Options, run
+
+    sys.exit(run(Options(**options)))
+
+
+@baton.command()
+@_gateway_address
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    show_default=True,
+    help="seconds between snapshots",
+)
+@click.option("--once", is_flag=True, help="print one snapshot and end")
+@click.option("--json", "as_json", is_flag=True, help="print each snapshot as one line of JSON")
+def top(**options: Any) -> None:
+    """Watch the cluster: queue levels, workers, KV use, tokens per second.
+
+    Waits for a gateway that is not there, and for one that goes away. Ctrl-C ends.
+    """
+    import uvloop
+
+    from launcher.top import View, run
+
+    sys.exit(uvloop.run(run(View(**options))))
 
 
 @baton.command()

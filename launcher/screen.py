@@ -172,15 +172,16 @@ def _figures(answer: Answer) -> tuple[str, ...]:
     between = answer.ended.completion_tokens - 1
     return (
         *counts,
-        _milliseconds(timing.queue),
-        _milliseconds(timing.prefill),
-        _milliseconds(timing.kv_transfer),
-        _milliseconds(timing.time_to_first_token),
-        _milliseconds(timing.decode, between) if between > 0 else "-",
+        milliseconds(timing.queue),
+        milliseconds(timing.prefill),
+        milliseconds(timing.kv_transfer),
+        milliseconds(timing.time_to_first_token),
+        milliseconds(timing.decode, between) if between > 0 else "-",
         answer.ended.reason,
     )
 
 
-def _milliseconds(duration: Duration, parts: int = 1) -> str:
+def milliseconds(duration: Duration, parts: int = 1) -> str:
+    """A duration, or each of its equal parts, with as many digits as matter."""
     value = duration.ToNanoseconds() / parts / 1e6
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
