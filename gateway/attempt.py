@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
+from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2
 
 from baton import wire
@@ -140,12 +141,8 @@ class Attempt:
                     case "prefilled":
                         prefilled = response.prefilled
                         peer.rest.well()
-                        session.stages.queue = (
-                            asked_at
-                            - session.job.request.arrived_at
-                            + wire.seconds(prefilled.queued)
-                        )
-                        session.stages.prefill = wire.seconds(prefilled.computed)
+                        waited = asked_at - session.job.request.arrived_at
+                        self._time_prefill(waited, prefilled.queued, prefilled.computed)
                         return prefilled
         except grpc.aio.AioRpcError as error:
             self._refused_by(peer, error)
@@ -161,6 +158,13 @@ class Attempt:
             case code:
                 peer.rest.fault(time.monotonic())
                 raise WorkerFailed(f"prefill worker {peer.record.id}: {code.name}") from error
+
+    def _time_prefill(self, waited: float, queued: Duration, computed: Duration) -> None:
+        """Note how the first token came to be; later attempts prefill again, for later ones."""
+        if not self._session.generated:
+            stages = self._session.stages
+            stages.queue = waited + wire.seconds(queued)
+            stages.prefill = wire.seconds(computed)
 
     def _attach(self, kv: KvRef) -> None:
         self._workers.decode.send(DecodeRequest(attach=AttachKv(slot=self._slot, kv=kv)))
@@ -218,8 +222,8 @@ class Attempt:
             case "prompt_logprobs":
                 self._session.accept_prompt_logprobs(event.prompt_logprobs.logprobs)
             case "local_prefill":
-                stages.queue += wire.seconds(event.local_prefill.queued)
-                stages.prefill = wire.seconds(event.local_prefill.computed)
+                told = event.local_prefill
+                self._time_prefill(stages.queue, told.queued, told.computed)
 
     def on_lost(self, reason: str) -> None:
         """The stream broke."""

@@ -1,8 +1,8 @@
 """The one validator of generation requests: hard bounds, every bad field named at once.
 
 Two rules that callers should know. `max_tokens` past the end of the context is cut to what is
-left, and the output then ends with FINISH_REASON_LENGTH. `queue_timeout` past the server's own
-is cut to that.
+left, `min_tokens` with it, and the output then ends with FINISH_REASON_LENGTH. `queue_timeout`
+past the server's own is cut to that.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Validator:
         self.check_model(message.model)
         if message.adapter:
             raise NotFound("adapter", message.adapter)
-        if message.structured_output.WhichOneof("constraint") is not None:
+        if message.HasField("structured_output"):
             raise Unsupported("structured_output is not supported by this server yet")
         fields = Fields()
         request_id = _request_id(fields, message.request_id)
@@ -176,7 +176,9 @@ class Validator:
         default = self._config.default_max_tokens
         wanted = fields.integer(params, "stopping.max_tokens", default, 1, _UINT32)
         least = fields.integer(params, "stopping.min_tokens", 0, 0, _UINT32)
-        if params.HasField("max_tokens") and least > wanted > 0:
+        if not params.HasField("max_tokens"):
+            wanted = max(wanted, least)
+        elif least > wanted:
             fields.add("stopping.min_tokens", f"must be at most max_tokens ({wanted})")
         room = max(1, self._max_context() - prompt_tokens)
         most = min(wanted, room)

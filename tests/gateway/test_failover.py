@@ -41,6 +41,18 @@ async def test_a_stream_goes_on_where_its_decode_worker_died(pair, expected, eve
     assert 10 < len(resumed.token_ids) <= 50
 
 
+async def test_a_later_attempt_does_not_change_how_the_first_token_came(pair):
+    other = await pair.decode("decode-1")
+    await pair.ready()
+    pair.d.step = other.step = 0.01
+    pair.d.dies_after = other.dies_after = 20
+    answer = await pair.client.generate_unary("hello", max_tokens=30, timing=True)
+    assert len(pair.d.started + other.started) == 2
+    timing = answer.message.finished[0].timing
+    assert timing.queue.ToSeconds() == 0
+    assert timing.queue.ToMicroseconds() <= timing.time_to_first_token.ToMicroseconds()
+
+
 async def test_a_frozen_decode_worker_is_given_up(pair, expected, eventually):
     pair.d.paused = True
     answer = asyncio.create_task(pair.client.generate_unary("hello", max_tokens=5))

@@ -169,6 +169,11 @@ async def test_max_tokens_is_cut_to_the_context(validator):
     assert (stopping.max_tokens, stopping.min_tokens) == (3, 3)
 
 
+async def test_min_tokens_lift_the_default_of_max_tokens(validator):
+    job = await validator.validate(request(stopping={"min_tokens": 30}), 0.0)
+    assert (job.request.stopping.min_tokens, job.request.stopping.max_tokens) == (30, 30)
+
+
 async def test_truncation_keeps_the_end_of_the_prompt(validator):
     message = request(token_ids={"ids": list(range(200))}, truncate_prompt_tokens=3)
     assert (await validator.validate(message, 0.0)).request.prompt_ids == (197, 198, 199)
