@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from baton.errors import DeadlineExceeded, QueueError, Unavailable
 from gateway.dispatch import Dispatcher
+from gateway.session import Session
 from gateway.sessions import Sessions
 from queueing.contract import GatewayQueue
 
@@ -40,6 +41,8 @@ class Housekeeping:
             created = await self._queue.reconcile(live)
             if live:
                 log.warning("the queue had lost data: %d requests told again", created)
+            for one in live:  # some have ended meanwhile
+                self._find(one.submission.request_id)
 
     async def sweep(self) -> None:
         """Expire what is overdue, and act on what became of our own requests."""
@@ -48,12 +51,20 @@ class Housekeeping:
             if session := self._sessions.get(request_id):
                 session.fail(Unavailable("too many workers failed to serve the request"))
         for request_id in reaped.timed_out:
-            if session := self._sessions.get(request_id):
+            if session := self._find(request_id):
                 session.fail(DeadlineExceeded("the request did not finish in time"))
         for request_id in reaped.requeued:
-            if session := self._sessions.get(request_id):
+            if session := self._find(request_id):
                 log.warning("request %s: its worker is gone", request_id)
                 await self._dispatcher.take_back(session)
+
+    def _find(self, request_id: str) -> Session | None:
+        """A session that the queue believes to be live. If it has ended, the queue was away when
+        it was told: it is told again, else nobody would ever end the request there."""
+        session = self._sessions.get(request_id)
+        if session is None:
+            self._sessions.disown(request_id)
+        return session
 
     async def promote(self) -> None:
         """Lift requests that waited too long."""

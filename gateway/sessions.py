@@ -130,7 +130,8 @@ class Sessions:
 
     def disown(self, request_id: str) -> None:
         """The queue thinks that a request of ours lives, which does not."""
-        self._tell_end(request_id, Outcome.CANCELLED, 0)
+        if request_id not in self._ending:
+            self._tell_end(request_id, Outcome.CANCELLED, 0)
 
     def live(self) -> list[Live]:
         """All of them, as reconcile tells them to a server that lost its data."""

@@ -205,12 +205,13 @@ class GatewayQueue(Protocol):
         ...
 
     async def reconcile(self, live: Sequence[Live]) -> int:
-        """Recreate what the server lost; existing records are left alone. Returns how many."""
+        """Recreate what the server lost, or ended because this gateway was silent for too long;
+        live records are left alone. Returns how many."""
         ...
 
     async def heartbeat(self) -> bool:
         """This gateway is alive. Requests of a gateway that is not are reaped. False when the
-        server did not know it (restarted empty): the caller reconciles."""
+        server did not know it (restarted empty, or it was silent): the caller reconciles."""
         ...
 
 

@@ -1,4 +1,5 @@
--- Recreate a gateway's requests after the server lost its data; existing records are left alone.
+-- Recreate a gateway's requests after the server lost its data, or ended them because the gateway
+-- was silent for too long; live records are left alone.
 -- ARGV: now gateway, then per request: id tenant prompt cached priority time_to_live level
 -- generated worker fence attempt ('' for no worker). Returns how many were created.
 drain_first()
@@ -15,7 +16,9 @@ end
 
 for i = 3, #ARGV, 11 do
   local id, tenant, ttl, worker, fence = ARGV[i], ARGV[i + 1], ARGV[i + 5], ARGV[i + 8], ARGV[i + 9]
-  if redis.call('EXISTS', request_key(id)) == 0 then
+  local old = load_request(id)
+  if not old or (old.gateway == gateway and not is_live(old)) then
+    redis.call('UNLINK', request_key(id))
     local deadline = ttl ~= '' and whole(t + tonumber(ttl)) or ''
     local r = { id = id, prompt = ARGV[i + 2], priority = ARGV[i + 4], level = tonumber(ARGV[i + 6]),
       queued_at = whole(t + created) } -- in the order given

@@ -277,6 +277,32 @@ async def test_requests_of_a_silent_gateway_end_and_their_workers_stop(cluster: 
     assert not await dead.heartbeat()
 
 
+async def test_a_gateway_that_was_only_slow_has_its_requests_again(cluster: Pool):
+    slow, other = await cluster.gateway("slow"), await cluster.gateway("other")
+    decode = await cluster.worker("d", Role.DECODE)
+    await slow.submit(request("running"))
+    [claimed] = await slow.claim(await record(slow, "d"), 1)
+    await slow.submit(request("waiting"))
+    cluster.clock.now += 11
+    await other.heartbeat()
+    await decode.register()
+    await other.reap()
+    assert not await slow.heartbeat()
+
+    live = [
+        Live(request("running"), 1, 4, "d", claimed.claim),
+        Live(request("waiting"), 0, 0, None, None),
+    ]
+    assert await slow.reconcile(live) == 2
+    assert await slow.reconcile(live) == 0
+    [reply] = await decode.report([Progress("running", claimed.claim.fence, 5, 0.1)], IDLE) or []
+    assert reply.verdict is Verdict.CONTINUE
+    [again] = await slow.claim(await record(slow, "d"), 8)
+    assert again.request_id == "waiting"
+    cluster.clock.now += 60  # nothing of their first end is left: they do not fade away
+    assert await slow.finish("running", Outcome.FINISHED, 9)
+
+
 async def test_a_deadline_is_named_until_its_owner_ends_the_request(cluster: Pool):
     gateway, other = await cluster.gateway("g"), await cluster.gateway("other")
     await cluster.worker("p")
