@@ -2,7 +2,8 @@
 
 Everything is read from the running interpreter: the docstrings of the standard library, of the
 built-in types and of the C modules, and the language topics that `pydoc` carries. Nothing is
-downloaded. The same interpreter on the same platform gives the same facts in the same order.
+downloaded. The same interpreter on the same platform gives the same facts in the same order; what
+other packages have put into the standard library's place is left out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import inspect
 import pydoc
 import re
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -99,6 +101,8 @@ def _public_names(module: types.ModuleType) -> list[str]:
         thing = getattr(module, name, None)
         if name.startswith("_") or isinstance(thing, types.ModuleType) or not callable(thing):
             continue
+        if _is_foreign(thing):
+            continue
         owner = (getattr(thing, "__module__", None) or home).split(".")[0].lstrip("_")
         if declared is None and owner not in (home, "posix", "io", "builtins", "thread"):
             continue
@@ -106,12 +110,20 @@ def _public_names(module: types.ModuleType) -> list[str]:
     return names
 
 
+def _is_foreign(thing: object) -> bool:
+    """True for what a package outside the standard library has defined."""
+    plain = getattr(thing, "__func__", thing)
+    module = getattr(plain, "__module__", None)
+    return isinstance(module, str) and module.split(".")[0] not in sys.stdlib_module_names
+
+
 def _named(name: str, thing: object, *, with_methods: bool) -> Iterator[Entry]:
     """The entry of a function or class and, for a class, those of its public methods."""
     if not isinstance(thing, type):
         yield from _entry(name, "function", thing)
         return
-    methods = [key for key in sorted(vars(thing)) if not key.startswith("_")]
+    own = sorted(vars(thing).items())
+    methods = [key for key, value in own if not key.startswith("_") and not _is_foreign(value)]
     if issubclass(thing, BaseException):
         yield from _entry(name, "exception", thing)
         return
