@@ -121,6 +121,7 @@ async def test_all_bad_fields_are_named_at_once(validator):
         ({"model": "other"}, NotFound),
         ({"adapter": "lora"}, NotFound),
         ({"structured_output": {"regex": "a*"}}, Unsupported),
+        ({"structured_output": {}}, Unsupported),
     ],
 )
 async def test_what_this_server_does_not_have_is_said(validator, fields, error):
