@@ -26,8 +26,14 @@ from engine.bench import Row, measure, random_llama
 @click.option("--threads", default=0, help="torch threads; all cores if 0")
 @click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=int)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="also write the rows here")
+@click.option("--plot", type=click.Path(path_type=Path), help="also draw them here, as a PNG")
 def main(
-    steps: int, context: int, threads: int, batches: tuple[int, ...], file: Path | None
+    steps: int,
+    context: int,
+    threads: int,
+    batches: tuple[int, ...],
+    file: Path | None,
+    plot: Path | None,
 ) -> None:
     """Time generation steps of the engine and of transformers, in turn."""
     console = Console(stderr=True)
@@ -55,6 +61,31 @@ def main(
             for row in rows
         ]
         file.write_text(json.dumps(made, indent=2) + "\n")
+    if plot is not None:
+        draw(rows, plot)
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Tokens per second over the batch size, a panel per model, ours beside transformers'."""
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = pyplot.subplots(1, len(models), figsize=(5 * len(models), 4), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        for dtype, colour in (("bfloat16", "tab:blue"), ("float32", "tab:orange")):
+            chosen = [row for row in rows if (row.model, row.dtype) == (model, dtype)]
+            batches = [row.batch for row in chosen]
+            ours = [row.tokens_per_second for row in chosen]
+            theirs = [row.batch / row.reference_step for row in chosen]
+            panel.plot(batches, ours, "o-", color=colour, label=f"Baton, {dtype}")
+            panel.plot(batches, theirs, "s--", color=colour, label=f"transformers, {dtype}")
+        panel.set(title=model, xlabel="sequences", ylabel="tokens per second", ylim=(0, None))
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
 
 
 def table(rows: list[Row]) -> Table:

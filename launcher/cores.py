@@ -39,3 +39,13 @@ def quota(root: Path = _CGROUPS) -> float | None:
 def share(cores: int, workers: int) -> int:
     """Threads for each of `workers` processes on `cores`, at least one."""
     return max(1, cores // max(1, workers))
+
+
+def wait_passively() -> None:
+    """Let torch's idle threads sleep instead of spin, unless the environment says otherwise. To
+    be called before torch is imported, which is when OpenMP looks.
+
+    A spinning thread that has lost its core to another process holds up every pass until it gets
+    it back: with the cores shared, passes were 4 to 8 times slower (docs/performance.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

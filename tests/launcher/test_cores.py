@@ -46,3 +46,15 @@ def test_affinity_limits_the_cores():
 )
 def test_cores_are_shared_out_and_nobody_gets_none(available: int, workers: int, threads: int):
     assert cores.share(available, workers) == threads
+
+
+def test_idle_threads_sleep_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(cores.os, "environ", environment)
+    cores.wait_passively()
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment["OMP_WAIT_POLICY"] = "ACTIVE"
+    cores.wait_passively()
+    assert environment == {"OMP_WAIT_POLICY": "ACTIVE"}
