@@ -28,9 +28,10 @@ if _version_not_supported:
 class GenerationServiceStub:
     """Token generation.
 
-    Request metadata: `traceparent`, `tracestate`, `authorization`,
-    `x-request-id`. The RPC deadline bounds the whole call; cancelling the RPC
-    aborts the request and frees its KV blocks.
+    Request metadata: `x-request-id` names a request that has no request_id;
+    `traceparent`, `tracestate` and `authorization` are tolerated, not used yet.
+    The RPC deadline bounds the whole call, as does the server's own longest;
+    cancelling the RPC aborts the request and frees its KV blocks.
     """
 
     def __init__(self, channel):
@@ -64,21 +65,23 @@ class GenerationServiceStub:
 class GenerationServiceServicer:
     """Token generation.
 
-    Request metadata: `traceparent`, `tracestate`, `authorization`,
-    `x-request-id`. The RPC deadline bounds the whole call; cancelling the RPC
-    aborts the request and frees its KV blocks.
+    Request metadata: `x-request-id` names a request that has no request_id;
+    `traceparent`, `tracestate` and `authorization` are tolerated, not used yet.
+    The RPC deadline bounds the whole call, as does the server's own longest;
+    cancelling the RPC aborts the request and frees its KV blocks.
     """
 
     def Generate(self, request, context):
-        """Streams one or more deltas per sequence, ending with one Finished event
-        per sequence and one Usage event.
+        """Streams Accepted, then deltas and one Finished event per sequence as they
+        come, then one Usage event. A request that fails ends with a status instead,
+        after the tokens that it has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateUnary(self, request, context):
-        """Returns the assembled outputs.
+        """Returns the same in one piece. A request that fails has a status only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,14 +90,17 @@ class GenerationServiceServicer:
     def Resume(self, request, context):
         """Continues a stream that broke on the client's side (connection lost, gateway
         replaced): sends what the client has not seen yet, then goes on live.
-        NOT_FOUND once the server has let the request go.
+        NOT_FOUND once the server has let the request go; UNIMPLEMENTED by servers
+        without "resume" among the model's capabilities.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Aborts requests out of band (admin use; clients should cancel the RPC).
+        """Aborts requests out of band (admin use; clients should cancel the RPC):
+        their streams end in order, with FINISH_REASON_ABORTED and what there is.
+        Reaches the requests of the gateway that is asked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -134,9 +140,10 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService:
     """Token generation.
 
-    Request metadata: `traceparent`, `tracestate`, `authorization`,
-    `x-request-id`. The RPC deadline bounds the whole call; cancelling the RPC
-    aborts the request and frees its KV blocks.
+    Request metadata: `x-request-id` names a request that has no request_id;
+    `traceparent`, `tracestate` and `authorization` are tolerated, not used yet.
+    The RPC deadline bounds the whole call, as does the server's own longest;
+    cancelling the RPC aborts the request and frees its KV blocks.
     """
 
     @staticmethod

@@ -103,13 +103,15 @@ class Model(_message.Message):
     name: _builtins.str
     """Name to put in GenerateRequest.model."""
     revision: _builtins.str
-    """Content digest of the weights."""
+    """Content digest of configuration and weights; empty while no worker lives."""
     max_context_tokens: _builtins.int
-    """Longest prompt plus output, in tokens."""
+    """Longest prompt plus output, in tokens, that every worker takes."""
     vocab_size: _builtins.int
     """Vocabulary size."""
     weight_dtype: _builtins.str
-    """Weight and KV-cache number formats, for example "bfloat16", "int8"."""
+    """Number format of the weights as the workers run them, for example "bfloat16";
+    empty while no worker lives.
+    """
     kv_dtype: _builtins.str
     """KV-cache number format."""
     @_builtins.property
@@ -152,7 +154,7 @@ class TokenizeRequest(_message.Message):
     model: _builtins.str
     """Served model name; empty means the only model."""
     text: _builtins.str
-    """Raw text."""
+    """Raw text; must not be empty."""
     @_builtins.property
     def chat(self) -> _generation_pb2.ChatInput:
         """Chat messages, rendered with the model's template first."""
@@ -298,7 +300,7 @@ class WatchStatusRequest(_message.Message):
     INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Time between snapshots; default 1 s, at least 100 ms."""
+        """Time between snapshots; default 1 s, at least 100 ms, at most 1 h."""
 
     def __init__(
         self,
@@ -348,9 +350,9 @@ class ClusterStatus(_message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
-    """Requests being served."""
+    """Requests that workers have, of the gateway that is asked."""
     output_tokens_per_second: _builtins.float
-    """Output tokens per second over the last few seconds."""
+    """Output tokens per second over the last few seconds, of that gateway."""
     @_builtins.property
     def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueLevel]:
         """Waiting requests by MLFQ level, highest priority first."""
@@ -431,9 +433,9 @@ class WorkerStatus(_message.Message):
     role: Global___WorkerRole.ValueType
     """Role."""
     running_sequences: _builtins.int
-    """Sequences in the batch."""
+    """Sequences that hold KV blocks."""
     waiting_sequences: _builtins.int
-    """Sequences waiting or swapped out."""
+    """Sequences that wait for some."""
     free_kv_blocks: _builtins.int
     """Free KV blocks on the device."""
     total_kv_blocks: _builtins.int

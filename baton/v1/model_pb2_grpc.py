@@ -57,7 +57,8 @@ class ModelServiceServicer:
     """
 
     def ListModels(self, request, context):
-        """Lists the served models and adapters with their limits and capabilities.
+        """Lists the served models and adapters with their limits and capabilities, as
+        the workers that live now have them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +72,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Text of token ids.
+        """Text of token ids, special tokens included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,7 +222,8 @@ class AdminServiceServicer:
     """
 
     def GetStatus(self, request, context):
-        """One snapshot: queue levels, workers, KV use.
+        """One snapshot: queue levels, workers, KV use. Workers are as they reported
+        last, which is a fraction of a second ago.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,6 +238,7 @@ class AdminServiceServicer:
 
     def DrainWorker(self, request, context):
         """Stops giving a worker new work and lets it finish what it holds.
+        UNIMPLEMENTED so far: SIGTERM does it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,11 +34,13 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists the served models and adapters with their limits and capabilities."""
+    """Lists the served models and adapters with their limits and capabilities, as
+    the workers that live now have them.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]
     """Token ids of a text or of a rendered chat, as Generate would see them."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]
-    """Text of token ids."""
+    """Text of token ids, special tokens included."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -46,11 +48,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the served models and adapters with their limits and capabilities."""
+    """Lists the served models and adapters with their limits and capabilities, as
+    the workers that live now have them.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.TokenizeRequest, _model_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Token ids of a text or of a rendered chat, as Generate would see them."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_model_pb2.DetokenizeRequest, _model_pb2.DetokenizeResponse]  # type: ignore[assignment]
-    """Text of token ids."""
+    """Text of token ids, special tokens included."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Facts about the served models."""
@@ -61,7 +65,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists the served models and adapters with their limits and capabilities."""
+        """Lists the served models and adapters with their limits and capabilities, as
+        the workers that live now have them.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
@@ -77,7 +83,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.DetokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.DetokenizeResponse, _abc.Awaitable[_model_pb2.DetokenizeResponse]]:
-        """Text of token ids."""
+        """Text of token ids, special tokens included."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -89,11 +95,15 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetStatusRequest, _model_pb2.GetStatusResponse]
-    """One snapshot: queue levels, workers, KV use."""
+    """One snapshot: queue levels, workers, KV use. Workers are as they reported
+    last, which is a fraction of a second ago.
+    """
     WatchStatus: _grpc.UnaryStreamMultiCallable[_model_pb2.WatchStatusRequest, _model_pb2.WatchStatusResponse]
     """Snapshots at an interval."""
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_model_pb2.DrainWorkerRequest, _model_pb2.DrainWorkerResponse]
-    """Stops giving a worker new work and lets it finish what it holds."""
+    """Stops giving a worker new work and lets it finish what it holds.
+    UNIMPLEMENTED so far: SIGTERM does it.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -101,11 +111,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_model_pb2.GetStatusRequest, _model_pb2.GetStatusResponse]  # type: ignore[assignment]
-    """One snapshot: queue levels, workers, KV use."""
+    """One snapshot: queue levels, workers, KV use. Workers are as they reported
+    last, which is a fraction of a second ago.
+    """
     WatchStatus: _aio.UnaryStreamMultiCallable[_model_pb2.WatchStatusRequest, _model_pb2.WatchStatusResponse]  # type: ignore[assignment]
     """Snapshots at an interval."""
     DrainWorker: _aio.UnaryUnaryMultiCallable[_model_pb2.DrainWorkerRequest, _model_pb2.DrainWorkerResponse]  # type: ignore[assignment]
-    """Stops giving a worker new work and lets it finish what it holds."""
+    """Stops giving a worker new work and lets it finish what it holds.
+    UNIMPLEMENTED so far: SIGTERM does it.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """The state of the cluster, for operators."""
@@ -116,7 +130,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.GetStatusResponse, _abc.Awaitable[_model_pb2.GetStatusResponse]]:
-        """One snapshot: queue levels, workers, KV use."""
+        """One snapshot: queue levels, workers, KV use. Workers are as they reported
+        last, which is a fraction of a second ago.
+        """
 
     @_abc_1.abstractmethod
     def WatchStatus(
@@ -132,6 +148,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.DrainWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.DrainWorkerResponse, _abc.Awaitable[_model_pb2.DrainWorkerResponse]]:
-        """Stops giving a worker new work and lets it finish what it holds."""
+        """Stops giving a worker new work and lets it finish what it holds.
+        UNIMPLEMENTED so far: SIGTERM does it.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
