@@ -291,7 +291,7 @@ def _prompt(console: Console) -> str:
     readline.set_completer_delims(" ")
     readline.set_completer(_complete)
     readline.parse_and_bind("tab: complete")
-    if console.color_system is None:
+    if console.no_color or console.color_system is None:
         return "> "
     # \001 and \002 enclose what takes no room on the line
     return "\001\033[1;36m\002>\001\033[0m\002 "

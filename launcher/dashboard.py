@@ -23,8 +23,8 @@ from baton.v1 import model_pb2
 from baton.v1.model_pb2 import ClusterStatus, QueueLevel, WorkerStatus
 
 SPARKS = "▁▂▃▄▅▆▇█"
-RATES_KEPT = 20
 WIDE = 110  # columns from which bars are long
+RATES_NARROW, RATES_WIDE = 10, 40  # token rates that are drawn
 BUSY, FULL = 0.7, 0.9  # shares of a KV cache
 
 
@@ -92,7 +92,7 @@ class Redrawn:
         self._address = address
         self._status: ClusterStatus | None = None
         self._lost = ""
-        self._rates: deque[float] = deque(maxlen=RATES_KEPT)
+        self._rates = deque([0.0] * RATES_WIDE, maxlen=RATES_WIDE)
         self._live = Live(console=console, get_renderable=self._draw, auto_refresh=False)
 
     def __enter__(self) -> Display:
@@ -121,13 +121,14 @@ class Redrawn:
     def _draw(self) -> RenderableType:
         lines: list[RenderableType] = []
         if self._status is not None:
-            lines.append(dashboard(self._status, self._address, self._console.width, self._rates))
+            rates, width = list(self._rates), self._console.width
+            lines.append(dashboard(self._status, self._address, width, rates))
         elif not self._lost:
             lines.append(Text(f"waiting for {self._address}", "dim"))
         if self._lost:
             state = "trying again" if self._status is None else "trying again; the above is old"
             lines.append(Text(f"{self._lost}\n{state}", "red"))
-        return Group(*lines)
+        return Group(*lines, Text())  # where the terminal writes the ^C
 
 
 def dashboard(
@@ -135,7 +136,7 @@ def dashboard(
 ) -> RenderableType:
     """A snapshot, with recent token rates, in `width` columns."""
     return Group(
-        _summary(status, address, rates),
+        _summary(status, address, rates[-(RATES_WIDE if width >= WIDE else RATES_NARROW) :]),
         Text(),
         _queue(status.levels),
         Text(),
@@ -147,14 +148,14 @@ def _summary(status: ClusterStatus, address: str, rates: Sequence[float]) -> Ren
     waiting = sum(level.waiting_requests for level in status.levels)
     figures = Text.assemble(
         (f"{waiting}", "bold"),
-        " waiting   ",
+        " waiting  ",
         (f"{status.running_requests}", "bold"),
-        " running   ",
+        " running  ",
         (f"{status.output_tokens_per_second:.1f}", "bold"),
         " output tokens/s",
     )
     if rates:
-        figures.append(f" {sparkline(rates):>{RATES_KEPT}}", "cyan")
+        figures.append(f" {sparkline(rates)}", "cyan")
     line = Table.grid(expand=True)
     line.add_column(no_wrap=True)
     line.add_column(justify="right", no_wrap=True)
