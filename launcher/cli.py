@@ -163,7 +163,8 @@ def chat(**options: Any) -> None:
     terminal, each line of it is a turn: answers go to standard output, figures and errors to
     standard error, and the first error ends it with exit code 1.
     """
-    from launcher.chat import Options, run
+    from launcher.chat import run
+    from launcher.chat_session import Options
 
     sys.exit(run(Options(**options)))
 

@@ -21,7 +21,7 @@ from baton import rpc
 from baton.errors import BatonError, NotFound, Overloaded, Unavailable, Unsupported
 from baton.v1 import generation_pb2 as api
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
-from launcher.chat import Options, Page, Session
+from launcher.chat_session import Options, Page, Session
 from tests.cluster import Served
 
 CONTEXT = 40
