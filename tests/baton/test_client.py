@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from contextlib import aclosing
+
 import pytest
 
-from baton.client import Ended, event_of, reason_name, request
+from baton.client import Client, Ended, event_of, reason_name, request
+from baton.errors import InvalidRequest, NotFound
 from baton.v1.generation_pb2 import GenerateResponse
+from tests.cluster import Served
 
 
 def test_options_find_their_place_by_name():
@@ -46,3 +50,25 @@ def test_unknown_events_and_reasons_are_tolerated():
     ended = event_of(GenerateResponse(finished={"index": 1, "reason": 2}))
     assert isinstance(ended, Ended)
     assert ended.reason == "length"
+
+
+@pytest.mark.cluster
+async def test_the_cluster_tells_of_its_models_tokens_and_state(cluster: Served):
+    async with Client(cluster.address) as client:
+        (model,) = await client.list_models(timeout=10)
+        assert model.name == cluster.model
+        text = await client.tokenize("What is it?", model=model.name)
+        chat = await client.tokenize([{"role": "user", "content": "What is it?"}])
+        assert len(chat) > len(text) > 0  # the template adds to it
+        assert max(chat) < model.vocab_size
+        with pytest.raises(NotFound, match="other"):
+            await client.tokenize("text", model="other")
+        now = await client.status(timeout=10)
+        async with aclosing(client.watch_status(0.1)) as snapshots:
+            seen = [await anext(snapshots) for _ in range(2)]
+        assert [{worker.id for worker in status.workers} for status in [now, *seen]] == [
+            {worker.id for worker in now.workers}
+        ] * 3
+        assert len(now.workers) == 2
+        with pytest.raises(InvalidRequest, match="interval"):
+            await anext(client.watch_status(0.01))
