@@ -31,7 +31,8 @@ class BatonError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One bad field: its path in the public request (`sampling.top_p`) and what is wrong."""
+    """One bad field: its path in the public request (`sampling.top_p`), empty if it is not known
+    or all of it, and what is wrong."""
 
     field: str
     description: str
@@ -42,7 +43,9 @@ class InvalidRequest(BatonError):
 
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
-        super().__init__("; ".join(f"{v.field}: {v.description}" for v in self.violations))
+        super().__init__(
+            "; ".join(f"{v.field}: {v.description}".removeprefix(": ") for v in self.violations)
+        )
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequest:

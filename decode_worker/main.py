@@ -64,7 +64,7 @@ class DecodeServer:
             model=executor.fingerprint,
             capacity_tokens=capacity.blocks * capacity.block_size,
             capacity_blocks=capacity.blocks,
-            max_context=capacity.max_context,
+            max_context=capacity.longest_sequence,
             dtype=layout.dtype,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)

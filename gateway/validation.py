@@ -54,7 +54,7 @@ class Validator:
         """Raises NotFound, Unsupported or InvalidRequest."""
         self.check_model(message.model)
         if message.adapter:
-            raise NotFound("adapter", message.adapter)
+            raise NotFound("adapter", message.adapter[:MAX_ID_CHARS])
         if message.HasField("structured_output"):
             raise Unsupported("structured_output is not supported by this server yet")
         fields = Fields()

@@ -10,13 +10,19 @@ from scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a worker has. `max_context` is the longest prompt plus output, in tokens."""
+    """What a worker has. `max_context` is the model's longest prompt plus output, in tokens."""
 
     blocks: int
     block_size: int
     max_tokens: int  # token budget of one pass
     max_sequences: int  # sequences in one pass
     max_context: int
+
+    @property
+    def longest_sequence(self) -> int:
+        """Longest prompt plus output that the blocks have room for, too: the KV of the last token
+        is never computed."""
+        return min(self.max_context, self.blocks * self.block_size + 1)
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that hold `tokens` tokens."""

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import demo_model
 from baton import wire
 from baton.client import Client, Ended, Event, Started, Text, Totals
-from baton.errors import AlreadyExists, InvalidRequest, Overloaded
+from baton.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded
 from baton.v1 import generation_pb2, model_pb2
 from baton.v1.model_pb2_grpc import AdminServiceStub, ModelServiceStub
 from tests.e2e.conftest import Run, Stack, name_every_token
@@ -150,6 +150,13 @@ async def test_an_id_is_unique_among_live_requests(client: Client) -> None:
         await ask(client, request_id="one")
     await stream.aclose()
     assert (await ask(client, request_id="one")).usage.completion_tokens == 20
+
+
+@pytest.mark.parametrize("field", ["model", "adapter"])
+async def test_an_unknown_name_is_told_back_in_bounds(client: Client, field: str) -> None:
+    with pytest.raises(NotFound) as caught:
+        await ask(client, **{field: "x" * 100_000})
+    assert (caught.value.kind, caught.value.name) == (field, "x" * 128)
 
 
 # -- Prompts -----------------------------------------------------------------------------------
@@ -376,6 +383,23 @@ async def test_the_context_ends_where_it_is_said_to(run_stack: Run, model: TinyM
                 await ask(client, [5] * length)
             answer = await ask(client, [5] * length, truncate_prompt_tokens=63)
             assert answer.usage.prompt_tokens == 63
+
+
+async def test_the_context_is_no_longer_than_the_kv_memory(
+    run_stack: Run, model: TinyModel
+) -> None:
+    async with (
+        run_stack(model.path, kv_blocks=4, block_size=16) as stack,
+        stack.client() as client,
+    ):
+        (listed,) = await client.list_models()
+        assert listed.max_context_tokens == 65
+        for length in (1, 10, 64):
+            answer = await ask(client, [5] * length, max_tokens=1000)
+            assert len(answer.ids[0]) == 65 - length
+            assert answer.ended[0].reason == generation_pb2.FINISH_REASON_LENGTH
+        several = await ask(client, [5] * 10, n=3, max_tokens=1000)
+        assert [len(ids) for ids in several.ids] == [55] * 3
 
 
 @pytest.mark.parametrize("prefill", [0, 1])
