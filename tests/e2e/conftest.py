@@ -23,7 +23,8 @@ from decode_worker.main import DecodeServer
 from gateway.main import GatewayServer
 from gateway.metrics import GatewayMetrics
 from prefill_worker.main import PrefillServer
-from tests.engine.conftest import VOCAB
+from tests.e2e.answers import CONTEXT
+from tests.engine.conftest import CONFIGS, VOCAB, TinyModel, save_model
 
 
 @dataclass
@@ -130,3 +131,31 @@ def name_every_token(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+# For the tests of the public API; others have models of their own.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A tiny Llama whose token 17 is written "17"."""
+    path = tmp_path_factory.mktemp("llama")
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings = CONTEXT
+    made = save_model(config, path)
+    name_every_token(path)
+    return made
+
+
+@pytest.fixture
+async def stack(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
+    async with run_stack(model.path, dtype="float32", max_batch_tokens=64) as running:
+        yield running
+        await running.quiet()
+        assert not running.gateway.gateway.sessions.waiting
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[Client]:
+    async with stack.client() as connected:
+        yield connected
