@@ -184,7 +184,7 @@ class GatewayQueue(Protocol):
         self, request_id: str, outcome: Outcome, generated: int, claim: Claim | None = None
     ) -> bool:
         """End a request. With a claim, only if it is current; without, always (cancel, time-out).
-        False when it had ended before, is unknown, or the claim is stale."""
+        False when it had ended before, is unknown or another gateway's, or the claim is stale."""
         ...
 
     async def workers(self) -> list[WorkerRecord]:

@@ -137,7 +137,9 @@ class RedisGatewayQueue:
         """See GatewayQueue."""
         fence = "" if claim is None else claim.fence
         return bool(
-            await self._scripts.run("finish", request_id, _nonce(), outcome.value, generated, fence)
+            await self._scripts.run(
+                "finish", self._gateway, request_id, _nonce(), outcome.value, generated, fence
+            )
         )
 
     async def workers(self) -> list[WorkerRecord]:

@@ -1,9 +1,10 @@
--- End a request. ARGV: now id nonce outcome(F|E|C|T) generated fence('' = whoever has it)
--- Returns 1, or 0 when it had ended before, is unknown or the claim is stale.
+-- End a request. ARGV: now gateway id nonce outcome(F|E|C|T) generated fence('' = whoever has it)
+-- Returns 1, or 0 when it had ended before, is unknown or another gateway's, or the claim is stale.
 drain_first()
-local id, nonce, outcome, generated, fence = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), ARGV[6]
+local gateway, id, nonce, outcome = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local generated, fence = tonumber(ARGV[6]), ARGV[7]
 local r = load_request(id)
-if not r then return 0 end
+if not r or r.gateway ~= gateway then return 0 end -- two gateways may be asked for one id
 if not is_live(r) then
   return r.nonce == nonce and 1 or 0 -- the first reply was lost
 end

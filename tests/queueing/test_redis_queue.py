@@ -90,6 +90,13 @@ async def record(queue: RedisGatewayQueue, id: str) -> WorkerRecord:
     return next(worker for worker in await queue.workers() if worker.id == id)
 
 
+async def test_a_gateway_ends_its_own_requests_only(cluster: Pool):
+    owner, other = await cluster.gateway("a"), await cluster.gateway("b")
+    await owner.submit(request("r"))
+    assert not await other.finish("r", Outcome.CANCELLED, 0)
+    assert await owner.finish("r", Outcome.CANCELLED, 0)
+
+
 async def test_a_request_goes_from_the_queue_through_prefill_and_decode_to_its_end(cluster: Pool):
     gateway = await cluster.gateway("g")
     await cluster.worker("p")
