@@ -15,6 +15,7 @@ import grpc.aio
 from baton import rpc
 from baton.config import ServeConfig, redis_url_from_environment
 from baton.errors import BatonError
+from baton.process import Background
 from baton.v1 import model_pb2, model_pb2_grpc
 from launcher.health import RETRY_SECONDS, until_serving
 from launcher.plan import GATEWAY, addresses_of, commands
@@ -36,6 +37,7 @@ class LocalCluster:
         self._config = config
         self._supervisor = Supervisor(log)
         self._redis: EmbeddedRedis | None = None
+        self._background = Background()
         self._addresses: dict[str, str] = {}
         self._awaited: set[str] = set()
         self.model = ""  # its served name
@@ -78,6 +80,7 @@ class LocalCluster:
         url = self._config.redis_url.get_secret_value() or redis_url_from_environment()
         if not url:
             self._redis = await EmbeddedRedis.start()
+            self._background.start(self._redis.keep_up(), "redis")
             url = self._redis.url
         self._addresses = addresses_of(self._config)
         await self._supervisor.start(commands(self._config, self._addresses, url))
@@ -106,6 +109,7 @@ class LocalCluster:
         try:
             await self._supervisor.stop([(gateway, drain + STOP_MARGIN), (workers, STOP_MARGIN)])
         finally:
+            await self._background.stop()
             if self._redis:
                 await self._redis.stop()
 

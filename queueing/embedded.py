@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -24,8 +25,11 @@ from redis.exceptions import RedisError
 from baton import tether
 from baton.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0
+LOOK_SECONDS = 0.5  # between looks at whether it still runs
 SOCKET_PATH_BYTES = 107  # the kernel's limit for the address of a unix socket
 
 _NAMES = ("valkey-server", "redis-server")
@@ -56,11 +60,12 @@ def _inside(package: str, pattern: str) -> list[Path]:
 class EmbeddedRedis:
     """A running server. Use `await start()` and `await stop()`, or `async with`."""
 
-    def __init__(self, binary: Path, directory: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, binary: Path, directory: Path, options: Sequence[str]) -> None:
         """Use `start`."""
         self.binary = binary
         self._directory = directory
-        self._process = process
+        self._options = options
+        self._process = _spawn(binary, directory, options)
 
     @property
     def url(self) -> str:
@@ -90,13 +95,27 @@ class EmbeddedRedis:
                 )
             binary = servers[0]
         directory = _private_directory()
-        server = cls(binary, directory, _spawn(binary, directory, options))
+        server = cls(binary, directory, options)
         try:
             await server._wait_ready()
         except BaseException:
             await server.stop()
             raise
         return server
+
+    async def keep_up(self) -> None:
+        """Start the server again, with what its append-only file has kept, each time it ends by
+        itself. Runs until cancelled, which must come before `stop`."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if (code := self._process.poll()) is None:
+                continue
+            log.warning("the embedded Redis ended with code %d: starting it again", code)
+            self._process = _spawn(self.binary, self._directory, self._options)
+            try:
+                await self._wait_ready()
+            except ConfigError as error:
+                log.error("%s", error)
 
     async def _wait_ready(self) -> None:
         client = Redis.from_url(self.url, socket_timeout=1.0, socket_connect_timeout=1.0)

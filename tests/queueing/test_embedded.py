@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from baton.errors import ConfigError
 from queueing import embedded
@@ -93,3 +96,22 @@ async def test_a_long_temporary_path_does_not_break_the_socket(
     async with await EmbeddedRedis.start() as server:
         assert len(server.url) < 100
     assert is_empty(deep)
+
+
+async def test_a_server_that_ends_by_itself_is_started_again_with_its_data():
+    async with await EmbeddedRedis.start() as server:
+        keeper = asyncio.create_task(server.keep_up())
+        redis = Redis.from_url(server.url)
+        await redis.set("kept", "yes")
+        await asyncio.sleep(1.1)  # appendfsync everysec
+        first = server.pid
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(RedisError, OSError):
+                    if await redis.get("kept") == b"yes" and server.pid != first:
+                        break
+                await asyncio.sleep(0.05)
+        await redis.aclose()
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
