@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -35,6 +34,7 @@ class Cutter:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)  # the transports close in callbacks
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -51,11 +51,8 @@ class Cutter:
                 writer.write(data)
         finally:
             up.cancel()
-            await asyncio.gather(up, return_exceptions=True)
             for end in (writer, up_writer):
-                end.close()
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
+                end.transport.abort()  # at once: `stop` may cancel any wait
             self._tasks.discard(task)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
