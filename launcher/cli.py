@@ -17,7 +17,7 @@ import rich_click as click
 
 from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from baton.errors import BatonError, ConfigError, ModelError
-from launcher.cores import wait_passively
+from launcher.cores import spin_briefly
 from launcher.options import config_options, read_config, with_model
 
 _PROCESSES = ["gateway", "prefill", "decode"]
@@ -78,7 +78,7 @@ def gateway(**options: Any) -> None:
 def prefill(**options: Any) -> None:
     """Run one prefill worker: prompts in, KV blocks out."""
     config = with_model(read_config(PrefillConfig, options))
-    wait_passively()
+    spin_briefly()
     import uvloop
 
     from prefill_worker import main as process
@@ -92,7 +92,7 @@ def prefill(**options: Any) -> None:
 def decode(**options: Any) -> None:
     """Run one decode worker: KV blocks in, tokens out."""
     config = with_model(read_config(DecodeConfig, options))
-    wait_passively()
+    spin_briefly()
     import uvloop
 
     from decode_worker import main as process
@@ -223,7 +223,7 @@ def bench_engine(arguments: tuple[str, ...]) -> None:
     script = Path(__file__).parent.parent / "benchmarks" / "engine_steps.py"
     if not script.exists():
         raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")
-    wait_passively()  # as the workers do
+    spin_briefly()  # as the workers do
     sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
 
 

@@ -41,11 +41,13 @@ def share(cores: int, workers: int) -> int:
     return max(1, cores // max(1, workers))
 
 
-def wait_passively() -> None:
-    """Let torch's idle threads sleep instead of spin, unless the environment says otherwise. To
-    be called before torch is imported, which is when OpenMP looks.
+def spin_briefly() -> None:
+    """Let torch's idle threads spin for a moment only before they sleep, unless the environment
+    says otherwise. To be called before torch is imported, which is when OpenMP looks.
 
-    A spinning thread that has lost its core to another process holds up every pass until it gets
-    it back: with the cores shared, passes were 4 to 8 times slower (docs/performance.md).
+    By default they spin for long, and one that has lost its core to another process holds up
+    every pass until it gets it back. Sleeping at once (OMP_WAIT_POLICY=PASSIVE) is no better: on
+    cores of its own, a pass of one token then takes twice as long (docs/performance.md).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")

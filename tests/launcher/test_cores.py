@@ -48,13 +48,15 @@ def test_cores_are_shared_out_and_nobody_gets_none(available: int, workers: int,
     assert cores.share(available, workers) == threads
 
 
-def test_idle_threads_sleep_unless_the_environment_says_otherwise(
+def test_idle_threads_spin_briefly_unless_the_environment_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ):
     environment: dict[str, str] = {}
     monkeypatch.setattr(cores.os, "environ", environment)
-    cores.wait_passively()
-    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
-    environment["OMP_WAIT_POLICY"] = "ACTIVE"
-    cores.wait_passively()
-    assert environment == {"OMP_WAIT_POLICY": "ACTIVE"}
+    cores.spin_briefly()
+    assert environment == {"GOMP_SPINCOUNT": "1000"}
+    for chosen in ({"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        environment.clear()
+        environment.update(chosen)
+        cores.spin_briefly()
+        assert environment == chosen
