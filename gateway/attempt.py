@@ -43,7 +43,7 @@ from queueing.contract import GatewayQueue
 
 log = logging.getLogger(__name__)
 
-HANDOFF_TRIES = 3
+HANDOFF_SECONDS = 6.0  # to record a hand-off in; the claim of the prefill worker lives for longer
 HANDOFF_PAUSE = 0.1
 
 
@@ -177,11 +177,12 @@ class Attempt:
     async def _handoff(self) -> None:
         """Record that the decode worker has it now. The KV waits meanwhile, under its lease."""
         to = self._workers.decode.record
-        for tries_left in reversed(range(HANDOFF_TRIES)):
+        give_up_at = time.monotonic() + HANDOFF_SECONDS
+        while True:
             try:
                 claim = await self._queue.handoff(self._session.id, self._claim, to)
             except QueueError as error:
-                if not tries_left:
+                if time.monotonic() > give_up_at:
                     raise Unavailable("the queue could not record the hand-off") from error
                 await asyncio.sleep(HANDOFF_PAUSE)
             else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -41,6 +43,19 @@ async def test_running_streams_go_on_and_new_requests_are_told_to_come_back(
                     await pair.client.generate_unary("hello", max_tokens=1)
                 assert caught.value.retry_after > 0
     assert text == expected(120)
+
+
+async def test_a_hand_off_waits_for_a_server_that_is_back_soon(
+    pair, own_redis, expected, eventually
+):
+    pair.p.delay = 0.3
+    answer = asyncio.create_task(pair.client.generate_unary("hello", max_tokens=30))
+    await eventually(lambda: bool(pair.p.requests))
+    os.kill(own_redis.pid, signal.SIGSTOP)
+    await asyncio.sleep(3)  # one call gives up after 2
+    os.kill(own_redis.pid, signal.SIGCONT)
+    assert (await answer).text == expected(30)
+    assert len(pair.d.started) == 1
 
 
 async def test_a_server_that_lost_its_data_is_told_what_there_is(
