@@ -22,7 +22,6 @@ from pydantic_settings import (
 
 from baton.errors import ConfigError
 
-Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0)]
 

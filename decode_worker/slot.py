@@ -67,7 +67,6 @@ class Slot:
     open_sequences: set[int] = field(default_factory=set)  # indices that have not finished
     generated: int = 0
     served: float = 0.0  # seconds of passes this request took part in
-    began_at: float | None = None  # first pass of a local prefill
 
     def move(self, state: State) -> None:
         """Change state; a move that is not in the drawing is a bug in the caller."""
