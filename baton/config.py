@@ -78,6 +78,14 @@ class SchedulingConfig(ProcessConfig):
     mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
     mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
     mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
+    policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
+        "skip-join-mlfq", description="order in which requests wait and sequences run"
+    )
+    srpt_aging: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="predicted-srpt: how much waiting counts beside predicted work; 0 is best for "
+        "the mean latency, more is better for the tail",
+    )
 
 
 class GatewayConfig(SchedulingConfig):
@@ -125,8 +133,26 @@ class WorkerConfig(SchedulingConfig):
     max_context: Annotated[int, Field(ge=0)] = Field(
         0, description="longest prompt plus output; the model's own limit if 0"
     )
-    policy: Literal["fcfs", "skip-join-mlfq"] = Field(
-        "skip-join-mlfq", description="order in which sequences run"
+    admission: Literal["paged", "reserve-predicted", "reserve-max"] = Field(
+        "paged", description="KV that must be free before a sequence is let in"
+    )
+    batching: Literal["splitfuse", "prefill-first"] = Field(
+        "splitfuse", description="how prompts and generation share a pass"
+    )
+    preemption: Literal["recompute", "swap", "auto"] = Field(
+        "recompute", description="what becomes of the KV of a preempted sequence"
+    )
+    swapping: Literal["proactive", "reactive"] = Field(
+        "proactive", description="KV is swapped ahead of need, or when it is needed"
+    )
+    host_kv_memory: Annotated[int, Field(ge=0)] = Field(
+        0, description="bytes of host memory for the KV of preempted sequences"
+    )
+    swap_bandwidth: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="most bytes per second swapped each way; unlimited if 0"
+    )
+    swap_reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of the KV blocks that proactive swapping keeps free for bursts"
     )
     max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
     worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")

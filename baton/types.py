@@ -61,6 +61,18 @@ class PriorOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class LengthEstimate:
+    """How long each output of a request is expected to be (S3).
+
+    `tokens` is the expected output length, by which work is ordered. `allotment` is the output
+    that KV is reserved for: the upper end of the predicted bucket. Neither limits the output.
+    """
+
+    tokens: int
+    allotment: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A tokenized request with every default resolved.
 
@@ -79,6 +91,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prior_outputs: tuple[PriorOutput, ...] = ()
+    estimate: LengthEstimate | None = None  # None: nothing was predicted
 
     def prior(self, index: int) -> PriorOutput:
         """What earlier attempts generated for sequence `index`."""
@@ -144,7 +157,12 @@ class KvRef:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is. `steps_per_second`, over the last few seconds, is in reports only."""
+    """How busy a worker is.
+
+    In reports only: `steps_per_second`, over the last few seconds, and the fitted cost of a pass
+    with one prompt, `prefill_base + prefill_per_token * tokens`, and of one generated token,
+    `token_seconds`; all in seconds, 0 until measured.
+    """
 
     running: int
     waiting: int
@@ -152,3 +170,6 @@ class Load:
     total_blocks: int
     draining: bool = False
     steps_per_second: float = 0.0
+    prefill_base: float = 0.0
+    prefill_per_token: float = 0.0
+    token_seconds: float = 0.0

@@ -12,6 +12,7 @@ from baton.types import (
     Finish,
     FinishReason,
     KvRef,
+    LengthEstimate,
     Load,
     Logprob,
     Output,
@@ -69,11 +70,11 @@ def sampling_from_proto(message: generation_pb2.SamplingParams) -> Sampling:
     )
 
 
-def request_to_proto(request: Request) -> worker_pb2.EngineRequest:
-    """A request for a worker. Clocks stay at home: arrival and deadline do not travel (the RPC
-    deadline does)."""
+def request_to_proto(request: Request, now: float) -> worker_pb2.EngineRequest:
+    """A request for a worker. Clocks stay at home: what travels of a deadline is the time that
+    is left of it `now`."""
     stopping = request.stopping
-    return worker_pb2.EngineRequest(
+    message = worker_pb2.EngineRequest(
         request_id=request.id,
         prompt_token_ids=request.prompt_ids,
         sampling=sampling_to_proto(request.sampling),
@@ -90,10 +91,17 @@ def request_to_proto(request: Request) -> worker_pb2.EngineRequest:
             for p in request.prior_outputs
         ],
     )
+    if request.estimate is not None:
+        message.estimate.tokens = request.estimate.tokens
+        message.estimate.allotment = request.estimate.allotment
+    if request.deadline is not None:
+        message.time_left.CopyFrom(duration(request.deadline - now))
+    return message
 
 
 def request_from_proto(message: worker_pb2.EngineRequest, now: float) -> Request:
     """A request as a worker sees it, arrived `now` on the worker's clock."""
+    estimate = message.estimate
     return Request(
         id=message.request_id,
         prompt_ids=tuple(message.prompt_token_ids),
@@ -107,6 +115,12 @@ def request_from_proto(message: worker_pb2.EngineRequest, now: float) -> Request
         priority=message.priority,
         level=message.level,
         arrived_at=now,
+        deadline=now + seconds(message.time_left) if message.HasField("time_left") else None,
+        estimate=(
+            LengthEstimate(estimate.tokens, estimate.allotment)
+            if message.HasField("estimate")
+            else None
+        ),
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         prior_outputs=tuple(

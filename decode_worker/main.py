@@ -21,8 +21,10 @@ from kv_transfer.contract import KvLayout
 from queueing import membership
 from queueing.contract import Registration, Role
 from queueing.membership import Membership
+from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
 from scheduling.order import policy_from
+from scheduling.rules import Rules
 
 SERVICES = ("baton.internal.v1.DecodeService",)
 
@@ -43,13 +45,20 @@ class DecodeServer:
         executor = executor_from(config)
         executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        cost = CostTracker()
         self._dialer = _dialer(config, layout)
         self._consumer = PullConsumer(
             executor.pool, layout, self._dialer, timeout=config.kv_timeout
         )
         self.worker = DecodeWorker(
             executor,
-            DecodeScheduler(capacity, policy_from(config), max_waiting=config.max_waiting),
+            DecodeScheduler(
+                capacity,
+                policy_from(config, cost),
+                max_waiting=config.max_waiting,
+                rules=Rules.of(config),
+                cost=cost,
+            ),
             self._consumer,
             EngineMetrics("decode", registry),
             reserve_timeout=config.reserve_timeout,

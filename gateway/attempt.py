@@ -115,7 +115,7 @@ class Attempt:
     def _start(self) -> None:
         start = StartRequest(
             slot=self._slot,
-            request=wire.request_to_proto(self._session.engine_request()),
+            request=wire.request_to_proto(self._session.engine_request(), time.monotonic()),
             claim=wire.claim_to_proto(self._claim),
             local_prefill=self._local,
         )
@@ -126,7 +126,7 @@ class Attempt:
         the call ends with the lease."""
         session = self._session
         request = PrefillRequest(
-            request=wire.request_to_proto(session.engine_request()),
+            request=wire.request_to_proto(session.engine_request(), time.monotonic()),
             claim=wire.claim_to_proto(self._claim),
         )
         asked_at = time.monotonic()

@@ -23,6 +23,7 @@ from prefill_worker.worker import PrefillWorker
 from queueing import membership
 from queueing.contract import Registration, Role
 from queueing.membership import Membership
+from scheduling.cost import CostTracker
 from scheduling.order import policy_from
 from scheduling.prefill import PrefillScheduler
 
@@ -62,7 +63,10 @@ class PrefillServer:
             data_address=config.kv_address,
             time_to_live=config.kv_lease_seconds,
         )
-        scheduler = PrefillScheduler(capacity, policy_from(config), max_waiting=config.max_waiting)
+        cost = CostTracker()
+        scheduler = PrefillScheduler(
+            capacity, policy_from(config, cost), max_waiting=config.max_waiting, cost=cost
+        )
         metrics = EngineMetrics("prefill", registry)
         self.worker = PrefillWorker(executor, scheduler, self._producer, metrics)
         service, kv_service = PrefillService(self.worker), KvServicer(self._producer)

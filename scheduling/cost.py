@@ -1,9 +1,17 @@
-"""How long a pass takes: seconds = base + per_token * tokens + per_context * context."""
+"""How long a pass takes, as a linear model of what is in it.
+
+    seconds = base + per_token * prompt tokens + per_attention * attention of the prompt chunks
+                   + per_sequence * generating sequences + per_context * KV positions they read
+
+Prompt chunks are bound by arithmetic and generating sequences by memory, so they have terms of
+their own (the form that DistServe's published profiles are fitted with).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -11,17 +19,41 @@ from scheduling.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
-    """A pass that ran. `context` is the number of KV positions read, over all its chunks."""
+class Work:
+    """What a pass does. `attention` is the sum over prompt chunks of length times end position,
+    `context` the sum of the end positions of generating sequences."""
 
-    tokens: int
-    context: int
+    prompt_tokens: int = 0
+    attention: int = 0
+    sequences: int = 0
+    context: int = 0
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> Work:
+        """The work of a plan. A chunk of one token counts as generation."""
+        prompt = attention = sequences = context = 0
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.length
+            if chunk.length == 1:
+                sequences += 1
+                context += end
+            else:
+                prompt += chunk.length
+                attention += chunk.length * end
+        return cls(prompt, attention, sequences, context)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A pass that ran, and its wall time."""
+
+    work: Work
     seconds: float
 
     @classmethod
     def of(cls, plan: StepPlan, seconds: float) -> StepRecord:
         """The record of a plan that took `seconds`."""
-        return cls(plan.tokens, context_of(plan), seconds)
+        return cls(Work.of(plan), seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,37 +62,68 @@ class LinearCost:
 
     base: float = 0.005
     per_token: float = 0.0005
+    per_attention: float = 0.0
+    per_sequence: float = 0.0
     per_context: float = 0.0
 
-    def seconds(self, tokens: int, context: int = 0) -> float:
+    def seconds(self, work: Work) -> float:
         """Predicted time of a pass."""
-        return self.base + self.per_token * tokens + self.per_context * context
+        return (
+            self.base
+            + self.per_token * work.prompt_tokens
+            + self.per_attention * work.attention
+            + self.per_sequence * work.sequences
+            + self.per_context * work.context
+        )
 
     def of(self, plan: StepPlan) -> float:
         """Predicted time of a plan."""
-        return self.seconds(plan.tokens, context_of(plan))
+        return self.seconds(Work.of(plan))
+
+    def first_iteration(self, tokens: int) -> float:
+        """Predicted time of a pass that computes `tokens` tokens of one prompt and nothing else:
+        FastServe's t_init."""
+        return self.base + self.per_token * tokens + self.per_attention * tokens * tokens
 
     @classmethod
-    def fit(cls, steps: Sequence[StepRecord]) -> LinearCost:
+    def fit(cls, steps: Collection[StepRecord]) -> LinearCost:
         """Least squares over recorded passes. A term that would come out negative is left out,
         as no pass gets faster with more work. Raises ValueError without steps."""
         if not steps:
             raise ValueError("no steps to fit a cost model to")
-        terms = np.array([(1.0, step.tokens, step.context) for step in steps])  # [steps, 3]
+        terms = np.array([(1.0, *astuple(step.work)) for step in steps])  # [steps, 5]
         seconds = np.array([step.seconds for step in steps])
         scale = np.maximum(terms.max(axis=0), 1.0)
-        used = [0, 1, 2]
-        coefficients = np.zeros(3)
+        used = list(range(terms.shape[1]))
+        coefficients = np.zeros(terms.shape[1])
         while used:
             found = np.linalg.lstsq(terms[:, used] / scale[used], seconds, rcond=None)[0]
             if (found >= 0).all():
                 coefficients[used] = found / scale[used]
                 break
             del used[int(found.argmin())]
-        base, per_token, per_context = coefficients.tolist()
-        return cls(base, per_token, per_context)
+        return cls(*coefficients.tolist())
 
 
-def context_of(plan: StepPlan) -> int:
-    """KV positions that the pass reads: each chunk attends to all that is before its end."""
-    return sum(chunk.start + chunk.length for chunk in plan.chunks)
+class CostTracker:
+    """The cost model of one engine as it is measured: fitted again every `every` passes, over
+    the last `window` of them. Deterministic: the same passes give the same model."""
+
+    def __init__(
+        self, initial: LinearCost | None = None, *, every: int = 64, window: int = 512
+    ) -> None:
+        """`every` 0 keeps the initial model for ever."""
+        self.model = initial or LinearCost()
+        self._every = every
+        self._recent: deque[StepRecord] = deque(maxlen=window)
+        self._since = 0
+
+    def add(self, record: StepRecord) -> None:
+        """A pass has run."""
+        if not self._every:
+            return
+        self._recent.append(record)
+        self._since += 1
+        if self._since >= self._every:
+            self._since = 0
+            self.model = LinearCost.fit(self._recent)

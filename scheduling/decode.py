@@ -26,11 +26,13 @@ from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Logprob, Output, Request
 from scheduling.admission import longest_kv, require_fit
 from scheduling.budget import splitfuse
+from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.prompt import PromptRecord
 from scheduling.residency import Residency
+from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 
 
@@ -53,9 +55,20 @@ class _Group:
 class DecodeScheduler:
     """Owns every sequence of a decode worker and all blocks of its KV pool."""
 
-    def __init__(self, capacity: Capacity, policy: Policy, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy,
+        *,
+        max_waiting: int,
+        rules: Rules | None = None,
+        cost: CostTracker | None = None,
+    ) -> None:
+        """`cost` is told of every pass; share it with the policy."""
         self._capacity = capacity
         self._policy = policy
+        self._rules = rules or Rules()
+        self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
         self._groups: dict[str, _Group] = {}  # live requests
         self._kv = Residency(capacity, lambda s: self._groups[s.request.id].sequences)
@@ -173,6 +186,7 @@ class DecodeScheduler:
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
         self._end_pass(plan)
+        self.cost.add(StepRecord.of(plan, result.seconds))
         gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
         live = [each for each in gave if each[0].sequence.phase is Phase.RUNNING]
         events: list[DecodeEvent] = []

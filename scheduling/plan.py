@@ -17,6 +17,7 @@ class Capacity:
     max_tokens: int  # token budget of one pass
     max_sequences: int  # sequences in one pass
     max_context: int
+    host_blocks: int = 0  # KV blocks in host memory, for sequences that are swapped out
 
     @property
     def longest_sequence(self) -> int:
@@ -40,12 +41,31 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Swap:
+    """The KV of one sequence moves between device and host: `device[i]` and `host[i]` hold the
+    same tokens. Both lists belong to the swap until a `StepResult` names its number, whatever
+    happens to the sequence meanwhile."""
+
+    number: int  # counts up in a scheduler
+    sequence: Sequence
+    device: tuple[int, ...]
+    host: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass. Every chunk's blocks are allocated; generating sequences come first."""
+    """One forward pass. Every chunk's blocks are allocated; generating sequences come first.
+
+    The swaps begin with the pass, those out before those in, and go on beside it and beside later
+    ones (proactive). With `swaps_first` the pass computes only when they are complete (reactive):
+    then a chunk, or a swap in, may use blocks that a swap out of the same plan frees.
+    A plan without chunks asks to wait until at least one unfinished swap is complete.
+    """
 
     chunks: tuple[Chunk, ...]
-    swap_in: tuple[Sequence, ...] = ()
-    swap_out: tuple[Sequence, ...] = ()
+    swap_out: tuple[Swap, ...] = ()
+    swap_in: tuple[Swap, ...] = ()
+    swaps_first: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,9 +88,11 @@ class StepResult:
     `sampled[i]` belongs to `plan.chunks[i]` (None where the chunk does not sample).
     `prompt_logprobs[i]` holds, for each position of the chunk whose request asks for it and that
     predicts another prompt token, the logprob of that next token; empty otherwise. `seconds` is
-    the wall time of the pass.
+    the wall time of the pass. `swapped` names the swaps, of this plan or earlier ones, that have
+    completed since the last result; each is named once.
     """
 
     sampled: tuple[Sampled | None, ...]
     prompt_logprobs: tuple[tuple[Logprob, ...], ...]
     seconds: float
+    swapped: tuple[int, ...] = ()

@@ -19,6 +19,7 @@ from baton.types import Load, Output, Request
 from scheduling.admission import require_fit
 from scheduling.blocks import BlockAllocator
 from scheduling.budget import splitfuse
+from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import (
     PrefillAdvanced,
     Prefilled,
@@ -44,9 +45,18 @@ class _Job:
 class PrefillScheduler:
     """Owns the sequences of a prefill worker, and all blocks but those it has handed over."""
 
-    def __init__(self, capacity: Capacity, policy: Policy, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy,
+        *,
+        max_waiting: int,
+        cost: CostTracker | None = None,
+    ) -> None:
+        """`cost` is told of every pass; share it with the policy."""
         self._capacity = capacity
         self._policy = policy
+        self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
         self._blocks = BlockAllocator(capacity.blocks)
         self._handed_over: set[int] = set()  # blocks
@@ -116,6 +126,7 @@ class PrefillScheduler:
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[PrefillEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
+        self.cost.add(StepRecord.of(plan, result.seconds))
         events: list[PrefillEvent] = []
         for job, chunk, sampled, logprobs in zip(
             self._end_pass(plan),

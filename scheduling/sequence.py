@@ -14,13 +14,19 @@ class Phase(Enum):
     WAITING = auto()  # holds no blocks; wants some
     INCOMING = auto()  # holds blocks that a KV transfer is filling; not schedulable
     RUNNING = auto()  # holds blocks and may be in a batch
+    LEAVING = auto()  # its KV is being copied to host blocks; holds both kinds; not schedulable
+    SWAPPED = auto()  # its KV is in host blocks only
+    RETURNING = auto()  # its KV is being copied back; holds both kinds; not schedulable
     FINISHED = auto()  # holds nothing, never comes back
 
 
 _MOVES = {
     Phase.WAITING: {Phase.RUNNING, Phase.INCOMING, Phase.FINISHED},
     Phase.INCOMING: {Phase.RUNNING, Phase.WAITING, Phase.FINISHED},
-    Phase.RUNNING: {Phase.WAITING, Phase.FINISHED},
+    Phase.RUNNING: {Phase.WAITING, Phase.LEAVING, Phase.FINISHED},
+    Phase.LEAVING: {Phase.SWAPPED, Phase.FINISHED},
+    Phase.SWAPPED: {Phase.RETURNING, Phase.WAITING, Phase.FINISHED},
+    Phase.RETURNING: {Phase.RUNNING, Phase.FINISHED},
     Phase.FINISHED: set(),
 }
 
@@ -43,6 +49,8 @@ class Sequence:
     # Set by the scheduler.
     computed: int = 0  # tokens whose KV is in `blocks`
     blocks: list[int] = field(default_factory=list)  # block table, in order of position
+    host_blocks: list[int] = field(default_factory=list)  # the same, of its copy in host memory
+    allotment: int = 0  # output tokens that KV is reserved for; 0: as many as there are
     phase: Phase = Phase.WAITING
     finish: Finish | None = None
     preemptions: int = 0

@@ -12,6 +12,7 @@ from baton.types import (
     Finish,
     FinishReason,
     KvRef,
+    LengthEstimate,
     Load,
     Logprob,
     Output,
@@ -58,6 +59,8 @@ requests = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
     prior_outputs=st.lists(st.builds(PriorOutput, tokens, st.booleans()), max_size=3).map(tuple),
+    deadline=st.none() | st.integers(5, 1000).map(float),
+    estimate=st.none() | st.builds(LengthEstimate, st.integers(0, 2**31), st.integers(0, 2**31)),
 )
 logprobs = st.builds(
     Logprob,
@@ -86,7 +89,7 @@ outputs = st.builds(
 
 @given(requests)
 def test_a_request_arrives_as_it_left(request: Request) -> None:
-    assert wire.request_from_proto(wire.request_to_proto(request), now=5.0) == request
+    assert wire.request_from_proto(wire.request_to_proto(request, now=5.0), now=5.0) == request
 
 
 @given(outputs, st.integers(0, 99))

@@ -146,7 +146,7 @@ class Pair:
             self.link,
             worker_pb2.StartRequest(
                 slot=slot,
-                request=wire.request_to_proto(one),
+                request=wire.request_to_proto(one, now=0.0),
                 claim=wire.claim_to_proto(Claim(slot)),
                 local_prefill=local,
             ),

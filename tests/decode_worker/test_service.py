@@ -31,7 +31,7 @@ HELLO = worker_pb2.DecodeRequest(hello=worker_pb2.Hello(gateway_id="g"))
 def start(slot: int, new: int) -> worker_pb2.DecodeRequest:
     command = worker_pb2.StartRequest(
         slot=slot,
-        request=wire.request_to_proto(request("r", 9, new)),
+        request=wire.request_to_proto(request("r", 9, new), now=0.0),
         claim=wire.claim_to_proto(Claim(1)),
         local_prefill=True,
     )

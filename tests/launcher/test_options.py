@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import rich_click as click
@@ -80,10 +80,12 @@ class TestEveryProcess:
             match default:
                 case bool():
                     arguments, value = [flag(name)], True
+                case float() if name == "swap_reserve":  # a share
+                    arguments, value = [flag(name), "0.5"], 0.5
                 case int() | float():
                     arguments, value = [flag(name), str(default + 1)], default + 1
-                case _ if name in ("dtype", "policy", "log_level"):
-                    choice = {"dtype": "bfloat16", "policy": "fcfs", "log_level": "error"}[name]
+                case _ if get_origin(field.annotation) is Literal:
+                    choice = next(c for c in get_args(field.annotation) if c != default)
                     arguments, value = [flag(name), choice], choice
                 case _:
                     arguments, value = [flag(name), "10.0.0.1:7"], "10.0.0.1:7"

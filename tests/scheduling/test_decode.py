@@ -9,7 +9,7 @@ import pytest
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, FinishReason, Load, Output, PriorOutput
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
-from scheduling.cost import LinearCost
+from scheduling.cost import CostTracker, LinearCost
 from scheduling.decode import DecodeScheduler
 from scheduling.events import LocalPrefill, PromptLogprobs, RequestFailed
 from scheduling.mlfq import Mlfq
@@ -182,7 +182,7 @@ def test_mlfq_lets_a_new_request_displace_one_that_has_sunk(make_request) -> Non
         capacity,
         "skip-join-mlfq",
         mlfq=Mlfq(levels=3, quantum=2.0, promote_after=100.0),
-        cost=LinearCost(1.0, 0.0),
+        cost=CostTracker(LinearCost(1.0, 0.0), every=0),
     )
     (old,) = worker.submit(make_request("old", prompt=4, most=20))
     worker.step()
@@ -202,7 +202,7 @@ def test_mlfq_promotes_what_has_waited_too_long(make_request) -> None:
         capacity,
         "skip-join-mlfq",
         mlfq=Mlfq(levels=2, quantum=2.0, promote_after=5.0),
-        cost=LinearCost(1.0, 0.0),
+        cost=CostTracker(LinearCost(1.0, 0.0), every=0),
     )
     worker.submit(make_request("an old one", prompt=4, most=30))
     ran = []

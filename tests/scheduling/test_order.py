@@ -4,7 +4,7 @@ import pytest
 
 from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
-from scheduling.cost import LinearCost
+from scheduling.cost import CostTracker, LinearCost
 from scheduling.mlfq import Mlfq
 from scheduling.order import make_policy
 from scheduling.sequence import Sequence
@@ -46,7 +46,7 @@ def test_mlfq_orders_by_level_before_arrival() -> None:
 
 
 def test_mlfq_skips_the_levels_that_a_long_prompt_would_only_fall_through() -> None:
-    cost = LinearCost(base=0.0, per_token=0.01)
+    cost = CostTracker(LinearCost(base=0.0, per_token=0.01), every=0)
     policy = make_policy("skip-join-mlfq", mlfq=Mlfq(levels=4, quantum=0.1, ratio=2.0), cost=cost)
     levels = []
     for tokens in (10, 11, 40, 41, 10_000):
