@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baton.types import Logprob, Request
+from engine.simulated_swap import SimulatedSwaps
 from scheduling.cost import LinearCost
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 
@@ -62,7 +63,7 @@ class BlockBytes:
 
 class CostModelExecutor:
     """Runs plans in no time at all, or by `sleep`-ing (`time.sleep`) as long as the cost model
-    says. `StepResult.seconds` is the model's either way."""
+    says. `StepResult.seconds` is the model's either way, and swaps go on in that time only."""
 
     def __init__(
         self,
@@ -70,13 +71,17 @@ class CostModelExecutor:
         cost: LinearCost | None = None,
         token_of: TokenOf | None = None,
         *,
+        swap_seconds_per_block: float = 0.0,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
+        """`swap_seconds_per_block`: how long the KV of one block takes to the host, or back."""
         self._capacity = capacity
         self._cost = cost or LinearCost()
         self._token_of = token_of or checksum_token(1000)
         self._sleep = sleep
         self._pool = np.full((capacity.blocks, capacity.block_size), -1, np.int32)
+        self._swaps = SimulatedSwaps(self._pool, capacity.host_blocks, swap_seconds_per_block)
+        self._now = 0.0  # the seconds of all passes so far
         self.store = BlockBytes(self._pool)
 
     @property
@@ -85,15 +90,29 @@ class CostModelExecutor:
         return self._capacity
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Write each chunk's KV, then sample from what the blocks hold."""
-        seconds = self._cost.of(plan)
+        """Write each chunk's KV, then sample from what the blocks hold. Swaps end after that,
+        unless the pass waits for them."""
+        seconds, swapped = self._swap(plan)
+        if plan.chunks:
+            seconds += self._cost.of(plan)
+        self._now += seconds
         for chunk in plan.chunks:
             self._write(chunk)
         sampled = tuple(self._sample(chunk) if chunk.sample else None for chunk in plan.chunks)
         logprobs = tuple(self._prompt_logprobs(chunk) for chunk in plan.chunks)
         if self._sleep is not None:
             self._sleep(seconds)
-        return StepResult(sampled, logprobs, seconds)
+        return StepResult(sampled, logprobs, seconds, swapped + self._swaps.land(self._now))
+
+    def _swap(self, plan: StepPlan) -> tuple[float, tuple[int, ...]]:
+        """Begin the swaps of a plan; the seconds that it waits for swaps before it computes, and
+        those that end meanwhile."""
+        until = self._swaps.begin(plan, self._now)
+        if not plan.chunks and not plan.swaps_first:
+            until = max(self._now, self._swaps.next_end() or self._now)
+        elif not plan.swaps_first:
+            return 0.0, ()
+        return until - self._now, self._swaps.land(until)
 
     def _write(self, chunk: Chunk) -> None:
         sequence, size = chunk.sequence, self._capacity.block_size
