@@ -1,0 +1,83 @@
+"""What all plots share: colours by policy, axes, intervals as bands. Needs matplotlib, which is
+the optional dependency group `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.errors import ConfigError
+from experiments.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PALETTE = (
+    *("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3"),
+    *("#937860", "#DA8BC3", "#64B5CD", "#CCB974", "#8C8C8C"),
+)
+_COLORS = {
+    "fcfs": "#7F7F7F",
+    "mlfq": "#E3A33B",
+    "skip-join-mlfq": "#D1495B",
+    "skip-join-mlfq, promotion": "#EDAE9C",
+    "predicted-srpt": "#1F77B4",
+    "predicted-srpt, sigma 0.5": "#5FA8D3",
+    "predicted-srpt, sigma 1": "#A9D0E8",
+    "srpt-oracle": "#222222",
+}
+ENGINE_TITLES = {"real": "real engine", "simulator": "simulator"}
+
+
+def color(policy: str) -> str:
+    """The colour of a policy, the same in all plots; others get one by their name."""
+    if policy in _COLORS:
+        return _COLORS[policy]
+    return _PALETTE[sum(map(ord, policy)) % len(_PALETTE)]
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError, with what to do about it, if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            'plots need matplotlib, which is not installed: pip install "baton-serve[bench]", '
+            "or leave them out with --no-plots"
+        ) from error
+    matplotlib.use("Agg")
+
+
+def figure(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.4) -> Any:
+    """A figure and its axes, as `plt.subplots(rows, columns, squeeze=False)` gives them."""
+    require_matplotlib()
+    import matplotlib.pyplot as plt
+
+    made, axes = plt.subplots(
+        rows, columns, squeeze=False, figsize=(width * columns, height * rows), dpi=120
+    )
+    for each in axes.flat:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+        each.set_axisbelow(True)
+    return made, axes
+
+
+def line(axes: Axes, xs: Sequence[float], records: Sequence[Record], label: str) -> None:
+    """Values over `xs` in the colour of `label`, with their intervals as a band."""
+    shade = color(label)
+    axes.plot(xs, [r.value for r in records], "o-", color=shade, label=label, ms=3.5, lw=1.6)
+    low, high = [r.ci_low for r in records], [r.ci_high for r in records]
+    axes.fill_between(xs, low, high, color=shade, alpha=0.18, lw=0)
+
+
+def save(made: Figure, path: Path) -> Path:
+    """Write the PNG and free the figure."""
+    import matplotlib.pyplot as plt
+
+    made.tight_layout()
+    made.savefig(path, bbox_inches="tight")
+    plt.close(made)
+    return path
