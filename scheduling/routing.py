@@ -1,0 +1,106 @@
+"""Which worker gets a request: prefill peers and decode links alike.
+
+Knows what is told of each worker, not how to reach it. The gateway and the simulator call the
+same routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.errors import ConfigError
+
+# A prompt token beside a generated one: 512 more of the one cost less than 8 of the other
+# ("LLM Inference Performance Engineering", Databricks 2023).
+PROMPT_TOKEN_WEIGHT = 1 / 64
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that may take the request.
+
+    `sequences` run there, wait there or are on their way; `queued_tokens` of their prompts are
+    not computed yet. `outstanding_tokens` are expected to be generated there still: 0 on a prefill
+    worker, None where nobody knows.
+    """
+
+    id: str
+    sequences: int = 0
+    queued_tokens: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    outstanding_tokens: int | None = None
+
+
+class Router(Protocol):
+    """Ranks workers. One instance per set of workers: it may remember whom it named."""
+
+    def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
+        """Best first, all of them. `blocks` of KV are expected to be needed."""
+        ...
+
+
+class RoundRobin:
+    """Each in turn, by id, whatever it does already (the balancer of DeepSpeed-MII)."""
+
+    def __init__(self) -> None:
+        """The first turn is the smallest id's."""
+        self._last: str | None = None
+
+    def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
+        """The first is the one after the first of the last call."""
+        ring = sorted(candidates, key=lambda c: c.id)
+        if self._last is not None:
+            last = self._last
+            ring = [c for c in ring if c.id > last] + [c for c in ring if c.id <= last]
+        if ring:
+            self._last = ring[0].id
+        return ring
+
+
+class LeastOutstanding:
+    """Fewest sequences first; among equals fewest prompt tokens that wait, then by id."""
+
+    def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
+        """Does not look at KV."""
+        return sorted(candidates, key=lambda c: (c.sequences, c.queued_tokens, c.id))
+
+
+class KvAware:
+    """Workers with room for the request's predicted KV first; among those least predicted work.
+
+    Work is what is expected to be generated and the prompts that wait, where both are known of
+    every candidate, and the number of sequences where not.
+    """
+
+    def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
+        """Among equals the one with most free blocks, then by id."""
+        known = all(c.outstanding_tokens is not None for c in candidates)
+
+        def burden(one: Candidate) -> tuple[bool, float, int, int, str]:
+            no_room = one.free_blocks < max(1, blocks)
+            work = _work(one) if known else float(one.sequences)
+            return (no_room, work, one.sequences, -one.free_blocks, one.id)
+
+        return sorted(candidates, key=burden)
+
+
+def _work(one: Candidate) -> float:
+    """Predicted work in generated tokens."""
+    return (one.outstanding_tokens or 0) + one.queued_tokens * PROMPT_TOKEN_WEIGHT
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "round-robin": RoundRobin,
+    "least-outstanding": LeastOutstanding,
+    "kv-aware": KvAware,
+}
+
+
+def make_router(name: str) -> Router:
+    """A router by name. Raises ConfigError."""
+    if (kind := ROUTERS.get(name)) is None:
+        raise ConfigError(f"unknown routing {name!r}: one of {', '.join(ROUTERS)}")
+    return kind()
