@@ -1,0 +1,172 @@
+"""One simulated decode worker: the real scheduler, a cost model, and the books of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from baton.errors import InvalidRequest, Overloaded
+from baton.types import Output
+from scheduling.cost import CostTracker, LinearCost
+from scheduling.decode import DecodeScheduler
+from scheduling.order import Policy
+from scheduling.plan import Capacity, StepPlan, StepResult
+from scheduling.rules import Rules
+from scheduling.sequence import Sequence
+from scheduling.simulator.executor import CostExecutor
+from scheduling.simulator.outcome import Served, Tally
+from scheduling.simulator.traffic import Job
+
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a simulated worker is made of. `policy` builds a fresh order per worker; the tracker
+    that it gets holds `cost` and never changes, as if the engine had been measured for long.
+    `swap_seconds_per_block`: each way."""
+
+    capacity: Capacity
+    cost: LinearCost
+    policy: Callable[[CostTracker], Policy]
+    rules: Rules = field(default_factory=Rules)
+    swap_seconds_per_block: float = 0.0
+    max_waiting: int = _NO_LIMIT
+
+
+@dataclass(slots=True)
+class _Live:
+    """A job on this worker."""
+
+    job: Job
+    sequence: Sequence
+    first_token_at: float | None = None
+    token_times: list[float] | None = None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What runs now."""
+
+    plan: StepPlan
+    result: StepResult
+    begins: float
+    ends: float
+
+
+class SimulatedWorker:
+    """Drives a DecodeScheduler through virtual time, pass by pass:
+
+        ends = worker.begin(now)      # None: nothing to run
+        ... submit, until `ends` ...
+        served = worker.end()
+
+    The caller keeps the clock and never goes back.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, keep_token_times: bool = False) -> None:
+        tracker = CostTracker(spec.cost, every=0)
+        self.spec = spec
+        self.scheduler = DecodeScheduler(
+            spec.capacity,
+            spec.policy(tracker),
+            max_waiting=spec.max_waiting,
+            rules=spec.rules,
+            cost=tracker,
+        )
+        self.executor = CostExecutor(spec.cost, swap_seconds_per_block=spec.swap_seconds_per_block)
+        self.steps = 0
+        self.busy_seconds = 0.0
+        self.peak_kv_tokens = 0
+        self._keep_token_times = keep_token_times
+        self._live: dict[str, _Live] = {}
+        self._pass: _Pass | None = None
+        self._kv_tokens = 0
+        self._preemptions = 0
+
+    # -- Jobs come -------------------------------------------------------------------------
+
+    def submit(self, job: Job, now: float) -> bool:
+        """Take a job whose prompt is computed here. False if the worker refuses it."""
+        try:
+            (sequence,) = self.scheduler.submit(job.request(), now)
+        except (InvalidRequest, Overloaded):
+            return False
+        self._live[job.id] = _Live(
+            job, sequence, token_times=[] if self._keep_token_times else None
+        )
+        self.executor.expect(sequence, job.output_tokens)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """True while a pass runs."""
+        return self._pass is not None
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._live)
+
+    # -- Passes ----------------------------------------------------------------------------
+
+    def begin(self, now: float) -> float | None:
+        """Start the next pass; returns when it ends, or None if nothing can run now."""
+        plan = self.scheduler.plan(now)
+        if plan is None:
+            return None
+        result = self.executor.execute(plan, now)
+        self._pass = _Pass(plan, result, now, now + result.seconds)
+        return self._pass.ends
+
+    def end(self) -> list[Served]:
+        """The pass is over: returns the jobs that ended with it."""
+        done = self._pass
+        assert done is not None
+        self._pass = None
+        events = self.scheduler.apply(done.plan, done.result, done.ends)
+        self.steps += 1
+        self.busy_seconds += done.result.seconds
+        self._count_kv(done.plan)
+        served = []
+        for event in events:
+            if isinstance(event, Output):
+                live = self._live[event.request_id]
+                self._note(live, done.ends)
+                if event.finish is not None:
+                    served.append(self._finish(live, done.ends))
+        return served
+
+    def _note(self, live: _Live, now: float) -> None:
+        if live.first_token_at is None:
+            live.first_token_at = now
+        if live.token_times is not None:
+            live.token_times.append(now)
+
+    def _finish(self, live: _Live, now: float) -> Served:
+        job = live.job
+        del self._live[job.id]
+        self.executor.forget(live.sequence)
+        self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1
+        assert live.first_token_at is not None
+        return Served(
+            job,
+            live.first_token_at,
+            now,
+            live.sequence.preemptions,
+            None if live.token_times is None else tuple(live.token_times),
+        )
+
+    # -- Facts -----------------------------------------------------------------------------
+
+    def tally(self) -> Tally:
+        """Counters since the start."""
+        return Tally(preemptions=self.scheduler.preemptions, recomputed=self.scheduler.preemptions)
+
+    def _count_kv(self, plan: StepPlan) -> None:
+        """Tokens whose KV is held, before anything that ended in this pass lets go of it."""
+        self._kv_tokens += plan.tokens
+        if self.scheduler.preemptions != self._preemptions:
+            self._preemptions = self.scheduler.preemptions
+            self._kv_tokens = sum(live.sequence.computed for live in self._live.values())
+        self.peak_kv_tokens = max(self.peak_kv_tokens, self._kv_tokens)
