@@ -1,21 +1,39 @@
 """Drives a decode worker's scheduler over a stream of jobs, on a clock that only work moves.
 
-The clock is the sum of the passes' seconds, and of the seconds that planning took where that is
-measured. Idle time is jumped over. So a run takes as long as its engine is busy, and a pause of
-the machine between two passes counts for nobody.
+The clock is the sum of the passes' measured seconds, and of the seconds that planning them took.
+Idle time is jumped over. So a run takes as long as its engine is busy, and what else the machine
+does between two passes counts for nobody.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from baton.types import Output
 from engine.executor import Executor
 from scheduling.decode import DecodeScheduler
 from scheduling.events import DecodeEvent
-from scheduling.simulator.outcome import Outcome, Served
+from scheduling.plan import StepPlan
+from scheduling.rules import Rules
+from scheduling.sequence import Sequence
+from scheduling.simulator.outcome import Outcome, Served, Tally
 from scheduling.simulator.traffic import Job, Source
+
+
+class JobExecutor(Executor, Protocol):
+    """An executor that is told of the jobs behind the sequences."""
+
+    def expect(self, job: Job) -> None:
+        """A job is about to be submitted."""
+        ...
+
+    def forget(self, job: Job) -> None:
+        """A job has ended."""
+        ...
 
 
 @dataclass(slots=True)
@@ -23,9 +41,9 @@ class _Live:
     """A job that has been submitted."""
 
     job: Job
-    first_token_at: float = 0.0
+    sequence: Sequence
+    first_token_at: float | None = None
     token_times: list[float] = field(default_factory=list)
-    tokens: int = 0
 
 
 class Drive:
@@ -34,43 +52,39 @@ class Drive:
     def __init__(
         self,
         scheduler: DecodeScheduler,
-        executor: Executor,
+        executor: JobExecutor,
         source: Source,
         *,
-        measure_planning: bool = False,
+        rules: Rules | None = None,
         keep_token_times: bool = False,
     ) -> None:
-        """`measure_planning` adds the wall time of plan() and apply() to the clock."""
+        """`rules` are the scheduler's."""
         self._scheduler = scheduler
         self._executor = executor
         self._source = source
-        self._measured = measure_planning
+        self._rules = rules or Rules()
         self._keep = keep_token_times
+        self._initial = iter(source.start())
+        self._ahead = next(self._initial, None)
+        self._caused: list[tuple[float, int, Job]] = []  # by feedback: a heap
+        self._number = 0
         self._live: dict[str, _Live] = {}
         self._served: list[Served] = []
         self._now = 0.0
         self._busy = 0.0
         self._planning = 0.0
         self._steps = 0
+        self._kv_tokens = 0
         self._peak = 0
-        self._held = 0  # tokens of all live jobs that have run
+        self._preemptions = 0
 
     def run(self) -> Outcome:
         """Serve everything. Raises RuntimeError if the scheduler stands still with work left."""
-        arrivals = iter(self._source.start())
-        follow_ups: list[Job] = []
-        coming = next(arrivals, None)
-        while coming is not None or follow_ups or self._live:
-            if not self._live:
-                due = [j.arrived_at for j in (coming, *follow_ups) if j is not None]
-                self._now = max(self._now, min(due))
-            while coming is not None and coming.arrived_at <= self._now:
-                self._submit(coming)
-                coming = next(arrivals, None)
-            for job in [j for j in follow_ups if j.arrived_at <= self._now]:
-                follow_ups.remove(job)
-                self._submit(job)
-            follow_ups += self._step()
+        while self._live or self._next_arrival() < math.inf:
+            self._submit_due()
+            if not self._live or not self._step():
+                self._idle()
+        preemptions = self._scheduler.preemptions
         return Outcome(
             served=tuple(self._served),
             makespan=self._now,
@@ -78,19 +92,47 @@ class Drive:
             busy_seconds=self._busy,
             peak_kv_tokens=self._peak,
             scheduler_seconds=self._planning,
+            tally=Tally(preemptions=preemptions),
         )
 
-    def _submit(self, job: Job) -> None:
-        self._live[job.id] = _Live(job)
-        self._scheduler.submit(job.request(), job.arrived_at)
+    # -- Jobs come -------------------------------------------------------------------------
 
-    def _step(self) -> list[Job]:
-        """One pass; returns the jobs that come because others ended."""
+    def _next_arrival(self) -> float:
+        first = math.inf if self._ahead is None else self._ahead.arrived_at
+        return min(first, self._caused[0][0]) if self._caused else first
+
+    def _idle(self) -> None:
+        """Go to where something may change."""
+        wake = self._next_arrival()
+        if self._live and self._rules.filling == "dynamic":
+            wake = min(wake, self._now + self._rules.dynamic_wait)
+        if wake == math.inf:
+            if self._live:
+                raise RuntimeError(f"{len(self._live)} jobs are left and nothing can run")
+            return
+        self._now = max(self._now, wake)
+
+    def _submit_due(self) -> None:
+        while self._next_arrival() <= self._now:
+            ahead = self._ahead
+            if self._caused and (ahead is None or self._caused[0][0] < ahead.arrived_at):
+                job = heapq.heappop(self._caused)[2]
+            else:
+                assert ahead is not None
+                job, self._ahead = ahead, next(self._initial, None)
+            self._executor.expect(job)
+            (sequence,) = self._scheduler.submit(job.request(), job.arrived_at)
+            self._live[job.id] = _Live(job, sequence)
+
+    # -- Passes ----------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """One pass; False if nothing can run."""
         started = time.perf_counter()
         plan = self._scheduler.plan(self._now)
         self._charge(time.perf_counter() - started)
         if plan is None:
-            raise RuntimeError(f"{len(self._live)} jobs are left and nothing can run")
+            return False
         result = self._executor.execute(plan)
         self._now += result.seconds
         self._busy += result.seconds
@@ -98,38 +140,43 @@ class Drive:
         started = time.perf_counter()
         events = self._scheduler.apply(plan, result, self._now)
         self._charge(time.perf_counter() - started)
-        return self._take(events)
+        self._count_kv(plan)
+        self._take(events)
+        return True
 
     def _charge(self, seconds: float) -> None:
         self._planning += seconds
-        if self._measured:
-            self._now += seconds
+        self._now += seconds
 
-    def _take(self, events: list[DecodeEvent]) -> list[Job]:
-        follow_ups = []
-        ended = 0
+    def _count_kv(self, plan: StepPlan) -> None:
+        """Tokens whose KV is held, before anything that ended in this pass lets go of it."""
+        self._kv_tokens += plan.tokens
+        if self._scheduler.preemptions != self._preemptions:
+            self._preemptions = self._scheduler.preemptions
+            self._kv_tokens = sum(live.sequence.computed for live in self._live.values())
+        self._peak = max(self._peak, self._kv_tokens)
+
+    def _take(self, events: list[DecodeEvent]) -> None:
         for event in events:
-            if not isinstance(event, Output):
-                continue
-            live = self._live[event.request_id]
-            if not live.tokens:
-                live.first_token_at = self._now
-                self._held += live.job.prompt_tokens
-            live.tokens += len(event.token_ids)
-            self._held += len(event.token_ids)
-            if self._keep:
-                live.token_times += [self._now] * len(event.token_ids)
-            if event.finish is not None:
-                ended += live.job.prompt_tokens + live.tokens
-                following = self._finish(live)
-                if following is not None:
-                    follow_ups.append(following)
-        self._peak = max(self._peak, self._held)
-        self._held -= ended
-        return follow_ups
+            if isinstance(event, Output):
+                live = self._live[event.request_id]
+                if live.first_token_at is None:
+                    live.first_token_at = self._now
+                if self._keep:
+                    live.token_times.append(self._now)
+                if event.finish is not None:
+                    self._finish(live, live.first_token_at)
 
-    def _finish(self, live: _Live) -> Job | None:
-        del self._live[live.job.id]
+    def _finish(self, live: _Live, first_token_at: float) -> None:
+        job = live.job
+        del self._live[job.id]
+        self._executor.forget(job)
+        self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1
         times = tuple(live.token_times) if self._keep else None
-        self._served.append(Served(live.job, live.first_token_at, self._now, token_times=times))
-        return self._source.finished(live.job, self._now)
+        self._served.append(
+            Served(job, first_token_at, self._now, live.sequence.preemptions, times)
+        )
+        following = self._source.finished(job, self._now)
+        if following is not None:
+            self._number += 1
+            heapq.heappush(self._caused, (following.arrived_at, self._number, following))
