@@ -8,8 +8,9 @@ scheduler sees `max_tokens`, the cap, as it does in service.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import statistics
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,7 +34,8 @@ VOCABULARY = 4096
 
 
 class ForcedLengths:
-    """An executor whose outputs end at their jobs' true lengths."""
+    """An executor whose outputs end at their jobs' true lengths, and whose passes last as long as
+    its thread had a processor: what other processes take of a shared machine does not count."""
 
     def __init__(self, inner: Executor) -> None:
         self._inner = inner
@@ -54,14 +56,16 @@ class ForcedLengths:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The pass, with `EOS` where an output has its true length and no other place."""
+        started = time.thread_time()
         result = self._inner.execute(plan)
+        seconds = time.thread_time() - started
         sampled = tuple(
             None
             if token is None
             else Sampled(self._token(chunk.sequence.generated, chunk.sequence.request.id, token))
             for chunk, token in zip(plan.chunks, result.sampled, strict=True)
         )
-        return StepResult(sampled, result.prompt_logprobs, result.seconds, result.swapped)
+        return StepResult(sampled, result.prompt_logprobs, seconds, result.swapped)
 
     def _token(self, generated: int, request_id: str, token: Sampled) -> int:
         if generated + 1 >= self._lengths[request_id]:
@@ -75,22 +79,28 @@ class RealEngine:
 
     name: EngineName = "real"
 
-    def __init__(self, executor: Executor, *, context: int = 80) -> None:
-        """`context`: the usual tokens of a sequence, for `step_seconds`. Runs some hundred passes
-        to fit a cost model, which policies start with."""
+    def __init__(self, executor: Executor) -> None:
+        """Runs some hundred passes: for `step_seconds`, and for the cost model that policies
+        start with."""
         self._executor = executor
-        self._cost = _fit(executor, context)
-        batch = executor.capacity.max_sequences
-        self._step_seconds = (
-            self._cost.base
-            + self._cost.per_sequence * batch
-            + self._cost.per_context * batch * context
+        steps = _passes(executor)
+        full = max(step.work.sequences for step in steps)
+        self._step_seconds = statistics.median(
+            step.seconds
+            for step in steps
+            if step.work.sequences == full and not step.work.prompt_tokens
         )
+        self._cost = LinearCost.fit(steps)
 
     @property
     def capacity(self) -> Capacity:
         """Of the engine."""
         return self._executor.capacity
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the passes, for those who plan them by hand."""
+        return self._executor
 
     @property
     def cost(self) -> LinearCost:
@@ -99,7 +109,7 @@ class RealEngine:
 
     @property
     def step_seconds(self) -> float:
-        """By the fitted cost model."""
+        """The median of measured passes."""
         return self._step_seconds
 
     def serve(self, jobs: Iterable[Job] | Source, setup: Setup) -> Outcome:
@@ -124,36 +134,28 @@ class RealEngine:
         return drive.run()
 
 
-@contextmanager
 def tiny_llama(
-    *,
-    layers: int = 2,
-    hidden: int = 128,
-    capacity: Capacity | None = None,
-) -> Iterator[RealEngine]:
-    """A real engine on a random Llama that is built on the spot, single-threaded; a pass takes
-    about a millisecond. `capacity` None: batches of 16, and KV for whatever comes."""
+    *, layers: int = 1, hidden: int = 64, capacity: Capacity | None = None
+) -> RealEngine:
+    """A real engine on a random Llama that is built on the spot, single-threaded. A pass takes
+    one or two milliseconds. `capacity` None: batches of 16, and KV for whatever comes."""
     wanted = capacity or Capacity(
-        blocks=8192, block_size=16, max_tokens=512, max_sequences=16, max_context=1024
+        blocks=8192, block_size=16, max_tokens=256, max_sequences=16, max_context=512
     )
-    threads = torch.get_num_threads()
-    try:
-        with TemporaryDirectory(prefix="baton-experiments-") as folder:
-            _save_llama(Path(folder), layers, hidden, wanted.max_context)
-            executor = load_executor(
-                Path(folder),
-                dtype="float32",
-                block_size=wanted.block_size,
-                kv_blocks=wanted.blocks,
-                max_batch_tokens=wanted.max_tokens,
-                max_batch_sequences=wanted.max_sequences,
-                max_context=wanted.max_context,
-                threads=1,
-            )
-        executor.warm_up()
-        yield RealEngine(executor)
-    finally:
-        torch.set_num_threads(threads)
+    with TemporaryDirectory(prefix="baton-experiments-") as folder:
+        _save_llama(Path(folder), layers, hidden, wanted.max_context)
+        executor = load_executor(
+            Path(folder),
+            dtype="float32",
+            block_size=wanted.block_size,
+            kv_blocks=wanted.blocks,
+            max_batch_tokens=wanted.max_tokens,
+            max_batch_sequences=wanted.max_sequences,
+            max_context=wanted.max_context,
+            threads=1,
+        )
+    executor.warm_up()
+    return RealEngine(executor)
 
 
 def _save_llama(path: Path, layers: int, hidden: int, context: int) -> None:
@@ -174,15 +176,13 @@ def _save_llama(path: Path, layers: int, hidden: int, context: int) -> None:
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
 
 
-def _fit(executor: Executor, context: int) -> LinearCost:
-    """A cost model from a short backlogged run of mixed prompts, first come first served."""
+def _passes(executor: Executor) -> list[StepRecord]:
+    """The passes of a short backlogged run of mixed prompts, first come first served."""
     steps: list[StepRecord] = []
     forced = ForcedLengths(executor)
     scheduler = DecodeScheduler(executor.capacity, Fcfs(), max_waiting=1 << 30)
-    batch = executor.capacity.max_sequences
-    for number in range(3 * batch):
-        prompt = 1 + (number * 37) % context
-        job = Job(f"fit{number}", 0.0, prompt, 20 + number % 40, 64)
+    for number in range(4 * executor.capacity.max_sequences):
+        job = Job(f"fit{number}", 0.0, 1 + (number * 37) % 80, 20 + number % 40, 64)
         forced.expect(job)
         scheduler.submit(job.request(), 0.0)
     now = 0.0
@@ -191,7 +191,4 @@ def _fit(executor: Executor, context: int) -> LinearCost:
         now += result.seconds
         steps.append(StepRecord.of(plan, result.seconds))
         scheduler.apply(plan, result, now)
-    # A pass that another process interrupted says nothing of the engine.
-    longest = 4 * sorted(step.seconds for step in steps)[len(steps) // 2]
-    prompts = [s for s in steps if s.work.prompt_tokens]
-    return LinearCost.fit([s for s in steps if s.seconds <= longest] or prompts)
+    return steps
