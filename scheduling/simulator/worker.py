@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import astuple, dataclass, field
 
 from baton.errors import InvalidRequest, Overloaded
 from baton.types import Output
@@ -11,11 +11,12 @@ from scheduling.cost import CostTracker, LinearCost
 from scheduling.decode import DecodeScheduler
 from scheduling.order import Policy
 from scheduling.plan import Capacity, StepPlan, StepResult
+from scheduling.routing import Candidate
 from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from scheduling.simulator.executor import CostExecutor
 from scheduling.simulator.outcome import Served, Tally
-from scheduling.simulator.traffic import Job
+from scheduling.simulator.traffic import PLAIN, Job
 
 _NO_LIMIT = 1 << 30
 
@@ -78,6 +79,7 @@ class SimulatedWorker:
         self.steps = 0
         self.busy_seconds = 0.0
         self.peak_kv_tokens = 0
+        self.expected_tokens = 0  # output, of the jobs that are here, as was estimated
         self._keep_token_times = keep_token_times
         self._live: dict[str, _Live] = {}
         self._pass: _Pass | None = None
@@ -92,11 +94,41 @@ class SimulatedWorker:
             (sequence,) = self.scheduler.submit(job.request(), now)
         except (InvalidRequest, Overloaded):
             return False
-        self._live[job.id] = _Live(
-            job, sequence, token_times=[] if self._keep_token_times else None
-        )
-        self.executor.expect(sequence, job.output_tokens)
+        self._take(job, sequence)
         return True
+
+    def reserve(self, job: Job, now: float) -> bool:
+        """Hold room for a job whose KV comes from elsewhere: `arrived` or `abandon` must follow.
+        False if there is none now, or ever."""
+        try:
+            sequence = self.scheduler.reserve(job.request(), now)
+        except (InvalidRequest, Overloaded):
+            return False
+        self._take(job, sequence)
+        return True
+
+    def arrived(self, job: Job, first_token_at: float, now: float) -> None:
+        """The KV of its prompt is here. The client has had the first token since
+        `first_token_at`, and it was not the last."""
+        live = self._live[job.id]
+        self._note(live, first_token_at)
+        self.scheduler.arrived(live.sequence, PLAIN, now)
+        self._kv_tokens += job.prompt_tokens
+        self.peak_kv_tokens = max(self.peak_kv_tokens, self._kv_tokens)
+
+    def abandon(self, job: Job, now: float) -> None:
+        """The KV that room was reserved for will not come: the job has ended elsewhere."""
+        live = self._live.pop(job.id)
+        self.executor.forget(live.sequence)
+        self.expected_tokens -= _expected(job)
+        self.scheduler.abort(job.id, now)
+        self.scheduler.quiet(live.sequence)
+
+    def _take(self, job: Job, sequence: Sequence) -> None:
+        times: list[float] | None = [] if self._keep_token_times else None
+        self._live[job.id] = _Live(job, sequence, token_times=times)
+        self.executor.expect(sequence, job.output_tokens)
+        self.expected_tokens += _expected(job)
 
     @property
     def busy(self) -> bool:
@@ -148,6 +180,7 @@ class SimulatedWorker:
         del self._live[job.id]
         self.executor.forget(live.sequence)
         self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1
+        self.expected_tokens -= _expected(job)
         assert live.first_token_at is not None
         return Served(
             job,
@@ -163,6 +196,17 @@ class SimulatedWorker:
         """Counters since the start."""
         return Tally(preemptions=self.scheduler.preemptions, recomputed=self.scheduler.preemptions)
 
+    def candidate(self, name: str) -> Candidate:
+        """What a router sees of it, under this name."""
+        load = self.scheduler.load()
+        return Candidate(
+            name,
+            sequences=len(self._live),
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            outstanding_tokens=self.expected_tokens,
+        )
+
     def _count_kv(self, plan: StepPlan) -> None:
         """Tokens whose KV is held, before anything that ended in this pass lets go of it."""
         self._kv_tokens += plan.tokens
@@ -170,3 +214,14 @@ class SimulatedWorker:
             self._preemptions = self.scheduler.preemptions
             self._kv_tokens = sum(live.sequence.computed for live in self._live.values())
         self.peak_kv_tokens = max(self.peak_kv_tokens, self._kv_tokens)
+
+
+def sum_tallies(tallies: Iterable[Tally]) -> Tally:
+    """The counters of several workers together."""
+    columns = zip(*(astuple(tally) for tally in tallies), strict=True)
+    return Tally(*(sum(column) for column in columns))
+
+
+def _expected(job: Job) -> int:
+    """Output tokens that a router may count on: the cap, if nothing was estimated."""
+    return job.max_tokens if job.estimate is None else job.estimate.tokens

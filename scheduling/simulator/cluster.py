@@ -1,0 +1,250 @@
+"""A whole cluster: the gateways' queue, prefill workers, KV on its way, decode workers.
+
+Every decision is made by the code that makes it in the workers and the gateway: their
+schedulers and routers. What is modelled here is time: passes by a cost model, KV transfers by
+bandwidth and latency. What the gateway does between them takes none.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from scheduling.routing import Candidate, make_router
+from scheduling.simulator.outcome import Outcome, Served
+from scheduling.simulator.prefill_worker import HandedOff, SimulatedPrefillWorker, Transfer
+from scheduling.simulator.queue import QueueOrder, WaitingQueue
+from scheduling.simulator.traffic import Job, OpenLoop, Source
+from scheduling.simulator.worker import SimulatedWorker, WorkerSpec, sum_tallies
+
+_Worker = SimulatedWorker | SimulatedPrefillWorker
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """What the cluster is made of. Without prefill workers the decode workers prefill.
+
+    Late binding: a prefill worker holds at most `ahead_passes` passes' worth of prompts, a decode
+    worker at most `ahead_sequences` more than fit its batch; the rest waits in the queue.
+    """
+
+    decode: WorkerSpec
+    decode_workers: int = 1
+    prefill: WorkerSpec | None = None
+    prefill_workers: int = 0
+    transfer: Transfer = field(default_factory=lambda: Transfer(1, float("inf")))
+    queue: QueueOrder = field(default_factory=QueueOrder)
+    routing: str = "kv-aware"
+    ahead_passes: int = 4
+    ahead_sequences: int = 8
+
+    def __post_init__(self) -> None:
+        if self.decode_workers < 1 or bool(self.prefill_workers) != (self.prefill is not None):
+            raise ValueError("a cluster needs decode workers, and a spec for prefill workers")
+
+
+def simulate_cluster(
+    jobs: Iterable[Job] | Source, spec: ClusterSpec, *, keep_token_times: bool = False
+) -> Outcome:
+    """Serve all jobs. Deterministic.
+
+    Raises RuntimeError if everything stands still while jobs are left.
+    """
+    source = jobs if isinstance(jobs, Source) else OpenLoop(jobs)
+    return _Cluster(source, spec, keep_token_times).to_the_end()
+
+
+class _Cluster:
+    """The event loop. An event is a time and what to do then."""
+
+    def __init__(self, source: Source, spec: ClusterSpec, keep_token_times: bool) -> None:
+        self._spec = spec
+        self._source = source
+        self._initial = iter(source.start())
+        self._queue = WaitingQueue(spec.queue)
+        self._decode = {
+            f"decode-{i:03d}": SimulatedWorker(spec.decode, keep_token_times=keep_token_times)
+            for i in range(spec.decode_workers)
+        }
+        self._prefill = {
+            f"prefill-{i:03d}": SimulatedPrefillWorker(spec.prefill, spec.transfer)
+            for i in range(spec.prefill_workers)
+            if spec.prefill is not None
+        }
+        self._to_decode = make_router(spec.routing)
+        self._to_prefill = make_router(spec.routing)
+        self._placed: dict[str, SimulatedWorker] = {}  # job id to where it decodes
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._number = 0
+        self._woken: dict[_Worker, None] = {}  # may have something to run
+        self._served: list[Served] = []
+        self._rejected = 0
+
+    def to_the_end(self) -> Outcome:
+        """Run until nothing is left."""
+        self._await_arrival()
+        while self._events:
+            now = self._events[0][0]
+            while self._events and self._events[0][0] == now:
+                heapq.heappop(self._events)[2](now)
+            self._settle(now)
+        if self._queue or any(worker.jobs for worker in self._decode.values()):
+            raise RuntimeError("jobs are left and nothing can run")
+        decode = self._decode.values()
+        engines: list[_Worker] = [*decode, *self._prefill.values()]
+        return Outcome(
+            served=tuple(self._served),
+            makespan=max((s.finished_at for s in self._served), default=0.0),
+            steps=sum(w.steps for w in engines),
+            busy_seconds=sum(w.busy_seconds for w in engines),
+            stall_seconds=sum(w.executor.stall_seconds for w in decode),
+            peak_kv_tokens=max(w.peak_kv_tokens for w in decode),
+            rejected=self._rejected,
+            tally=sum_tallies(w.tally() for w in decode),
+        )
+
+    def _settle(self, now: float) -> None:
+        """All that happens now has happened: place what waits, start passes."""
+        self._dispatch(now)
+        for worker in self._woken:
+            if not worker.busy and (ends := worker.begin(now)) is not None:
+                self._at(ends, self._end_of_pass(worker))
+        self._woken.clear()
+
+    def _at(self, time: float, act: Callable[[float], None]) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (time, self._number, act))
+
+    # -- Arrivals --------------------------------------------------------------------------
+
+    def _await_arrival(self) -> None:
+        """The next job of those that depend on nobody."""
+        job = next(self._initial, None)
+        if job is None:
+            return
+
+        def arrive(now: float) -> None:
+            self._queue.push(job)
+            self._await_arrival()
+
+        self._at(job.arrived_at, arrive)
+
+    def _ended(self, served: Served, now: float) -> None:
+        self._served.append(served)
+        self._placed.pop(served.job.id, None)
+        self._cause(served.job, now)
+
+    def _cause(self, job: Job, now: float) -> None:
+        following = self._source.finished(job, now)
+        if following is not None:
+            self._at(following.arrived_at, lambda at: self._queue.push(following))
+
+    # -- Dispatch --------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> None:
+        """Give away the head of the queue for as long as somebody takes it."""
+        while self._queue:
+            job = self._queue.peek()
+            if not self._fits_ever(job):
+                self._queue.pop()
+                self._rejected += 1
+                self._cause(job, now)
+            elif self._place(job, now):
+                self._queue.pop()
+            else:
+                return
+
+    def _fits_ever(self, job: Job) -> bool:
+        total = job.prompt_tokens + job.max_tokens
+        return total <= self._spec.decode.capacity.longest_sequence
+
+    def _place(self, job: Job, now: float) -> bool:
+        if not self._prefill:
+            return self._place_whole(job, now)
+        helper = self._prefill_for(job)
+        if helper is None:
+            return False
+        for worker in self._decode_for(job):
+            if worker.reserve(job, now):
+                if not helper.submit(job, now):
+                    worker.abandon(job, now)
+                    return False
+                self._placed[job.id] = worker
+                self._woken[helper] = None
+                return True
+        return False
+
+    def _place_whole(self, job: Job, now: float) -> bool:
+        for worker in self._decode_for(job):
+            if worker.submit(job, now):
+                self._placed[job.id] = worker
+                self._woken[worker] = None
+                return True
+        return False
+
+    def _decode_for(self, job: Job) -> list[SimulatedWorker]:
+        """Decode workers that may take one more, best first."""
+        spec = self._spec
+        most = spec.decode.capacity.max_sequences + spec.ahead_sequences
+        candidates = [
+            worker.candidate(name) for name, worker in self._decode.items() if worker.jobs < most
+        ]
+        expected = job.prompt_tokens + (job.estimate.tokens if job.estimate else 0)
+        blocks = spec.decode.capacity.blocks_for(expected)
+        return [self._decode[c.id] for c in self._to_decode.rank(candidates, blocks)]
+
+    def _prefill_for(self, job: Job) -> SimulatedPrefillWorker | None:
+        """The best prefill worker that has room for the prompt ahead of its passes; an idle one
+        takes any."""
+        assert self._spec.prefill is not None
+        capacity = self._spec.prefill.capacity
+        most = self._spec.ahead_passes * capacity.max_tokens
+        candidates = [
+            Candidate(
+                name,
+                sequences=worker.jobs,
+                queued_tokens=worker.queued_tokens,
+                free_blocks=(load := worker.scheduler.load()).free_blocks,
+                total_blocks=load.total_blocks,
+                outstanding_tokens=0,
+            )
+            for name, worker in self._prefill.items()
+            if not worker.jobs or worker.queued_tokens + job.prompt_tokens <= most
+        ]
+        ranked = self._to_prefill.rank(candidates, capacity.blocks_for(job.prompt_tokens))
+        return self._prefill[ranked[0].id] if ranked else None
+
+    # -- Passes ----------------------------------------------------------------------------
+
+    def _end_of_pass(self, worker: _Worker) -> Callable[[float], None]:
+        def ended(now: float) -> None:
+            self._woken[worker] = None
+            if isinstance(worker, SimulatedWorker):
+                for served in worker.end():
+                    self._ended(served, now)
+            else:
+                for done in worker.end():
+                    self._prefilled(worker, done, now)
+
+        return ended
+
+    def _prefilled(self, helper: SimulatedPrefillWorker, done: HandedOff, now: float) -> None:
+        if done.job.output_tokens == 1:
+            self._placed[done.job.id].abandon(done.job, now)
+            helper.release(done.blocks)
+            self._ended(Served(done.job, now, now), now)
+        else:
+            self._await_kv(helper, done, now)
+
+    def _await_kv(
+        self, helper: SimulatedPrefillWorker, done: HandedOff, first_token: float
+    ) -> None:
+        worker = self._placed[done.job.id]
+
+        def arrive(now: float) -> None:
+            helper.release(done.blocks)
+            worker.arrived(done.job, first_token, now)
+            self._woken[worker] = self._woken[helper] = None
+
+        self._at(done.kv_at, arrive)
