@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
-from engine.executor import Executor
+from engine.executor import Executor, ExecutorBroken
 from scheduling.cost import StepRecord
 from scheduling.plan import StepPlan, StepResult
 
@@ -49,8 +49,9 @@ class EngineLoop(Generic[Event]):
     """Drives one scheduler and one executor.
 
     After every change that can give it work (submit, arrived, lost, abort, quiet, release) the
-    caller says `wake`. A pass that raises fails the requests in it and the loop goes on; an error
-    in the scheduler or in `on_events` is a bug: it ends the loop and comes out of `wait_closed`.
+    caller says `wake`. A pass that raises fails the requests in it and the loop goes on. An
+    executor that is broken, or an error in the scheduler or in `on_events`, which is a bug, ends
+    the loop and comes out of `wait_closed`.
     """
 
     def __init__(
@@ -109,12 +110,15 @@ class EngineLoop(Generic[Event]):
             result = await asyncio.get_running_loop().run_in_executor(
                 thread, self._executor.execute, plan
             )
+        except ExecutorBroken:
+            raise
         except Exception:
             _log.exception("a pass of %d tokens failed", plan.tokens)
             now = self._clock()
             self._on_events(plan, self._scheduler.fail(plan, now), now - begun)
             return
         self.steps += 1
-        self.recent.append(StepRecord.of(plan, result.seconds))
+        if plan.chunks and not plan.swaps_first:  # else its time is not the model's
+            self.recent.append(StepRecord.of(plan, result.seconds))
         events = self._scheduler.apply(plan, result, self._clock())
         self._on_events(plan, events, result.seconds)

@@ -104,6 +104,9 @@ class CostModelExecutor:
             self._sleep(seconds)
         return StepResult(sampled, logprobs, seconds, swapped + self._swaps.land(self._now))
 
+    def close(self) -> None:
+        """Nothing goes on beside the passes."""
+
     def _swap(self, plan: StepPlan) -> tuple[float, tuple[int, ...]]:
         """Begin the swaps of a plan; the seconds that it waits for swaps before it computes, and
         those that end meanwhile."""

@@ -28,6 +28,8 @@ def load_executor(
     block_size: int = 16,
     kv_blocks: int = 0,
     kv_memory: int = 512 * 2**20,
+    host_kv_memory: int = 0,
+    swap_bandwidth: float = 0.0,
     max_batch_tokens: int = 512,
     max_batch_sequences: int = 64,
     max_context: int = 0,
@@ -70,8 +72,9 @@ def load_executor(
         max_tokens=max_batch_tokens,
         max_sequences=max_batch_sequences,
         max_context=context,
+        host_blocks=host_kv_memory // geometry.block_bytes,
     )
-    return TorchExecutor(model, pool, capacity, limits)
+    return TorchExecutor(model, pool, capacity, limits, swap_bandwidth=swap_bandwidth)
 
 
 def executor_from(
@@ -85,6 +88,8 @@ def executor_from(
         block_size=config.block_size,
         kv_blocks=config.kv_blocks,
         kv_memory=config.kv_memory,
+        host_kv_memory=config.host_kv_memory,
+        swap_bandwidth=config.swap_bandwidth,
         max_batch_tokens=config.max_batch_tokens,
         max_batch_sequences=config.max_batch_sequences,
         max_context=config.max_context,

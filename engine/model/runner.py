@@ -17,6 +17,7 @@ from engine.model import sampler
 from engine.model.batch import ChunkLogits, begun_blocks, build_batch
 from engine.model.model import PagedModel
 from engine.model.pool import KvPool
+from engine.model.swap import Swapper
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
 
@@ -37,10 +38,19 @@ class TorchExecutor:
     """An Executor (engine/executor.py) over one model and one pool."""
 
     def __init__(
-        self, model: PagedModel, pool: KvPool, capacity: Capacity, threads: Threads
+        self,
+        model: PagedModel,
+        pool: KvPool,
+        capacity: Capacity,
+        threads: Threads,
+        *,
+        swap_bandwidth: float = 0.0,
     ) -> None:
+        """`swap_bandwidth`: most bytes per second each way, 0 for no limit. Raises ConfigError
+        where swapping is asked for and cannot be."""
         self.model = model
         self.pool = pool
+        self._swapper = Swapper(pool, capacity.host_blocks, bandwidth=swap_bandwidth)
         self._capacity = capacity
         self._threads = threads
         self._thread: int | None = None
@@ -57,13 +67,37 @@ class TorchExecutor:
         return self.pool.geometry.model_fingerprint
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one pass. Blocking, one at a time, but on any thread."""
+        """Run one pass, beside its swaps or after them, or wait until a swap is complete.
+        Blocking, one at a time, but on any thread."""
         started = time.perf_counter()
         if self._thread != threading.get_ident():
             self._threads.apply()
             self._thread = threading.get_ident()
-        if not plan.chunks:
-            return StepResult((), (), time.perf_counter() - started)
+        self._swap(plan)
+        sampled, prompt = self._run(plan) if plan.chunks else ((), ())
+        return StepResult(
+            sampled, prompt, time.perf_counter() - started, swapped=self._swapper.collect()
+        )
+
+    def close(self) -> None:
+        """End the threads that swap. Idempotent."""
+        self._swapper.close()
+
+    def _swap(self, plan: StepPlan) -> None:
+        """Begin the plan's swaps, and wait for what it wants to wait for."""
+        self._swapper.swap_out(plan.swap_out)
+        if plan.swaps_first:
+            self._swapper.wait_for(plan.swap_out)
+        self._swapper.swap_in(plan.swap_in)
+        if plan.swaps_first:
+            self._swapper.wait_for(plan.swap_in)
+        elif not plan.chunks:
+            self._swapper.wait_for_any()
+
+    def _run(
+        self, plan: StepPlan
+    ) -> tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...]]:
+        """The forward pass: what was sampled, and the prompt logprobs, for each chunk."""
         with torch.inference_mode():
             self.pool.clear(begun_blocks(plan, self.pool.block_size))
             batch, rows = build_batch(plan, self.pool.block_size, self._device)
@@ -73,7 +107,7 @@ class TorchExecutor:
                 _prompt_logprobs(chunk, wanted, logits)
                 for chunk, wanted in zip(plan.chunks, rows, strict=True)
             )
-        return StepResult(sampled, prompt, time.perf_counter() - started)
+        return sampled, prompt
 
     def warm_up(self) -> None:
         """Run a prompt-shaped and a generation-shaped pass, so that the first request does not
