@@ -1,0 +1,85 @@
+"""The two benches that most experiments stand on: an engine with lengths and sizes to suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from experiments.engines import Engine, Setup, SimulatedEngine
+from experiments.experiment import Run
+from scheduling.cost import LinearCost
+from scheduling.order import make_policy
+from scheduling.plan import Capacity
+from scheduling.simulator.traffic import SHAREGPT, Lengths, LogNormal, make_jobs, offline
+
+T = TypeVar("T")
+
+OPT_13B_ON_A100 = LinearCost(
+    base=0.0181, per_token=0.000102, per_attention=7.1e-9, per_sequence=3.85e-5, per_context=6.3e-7
+)
+"""After DistServe's published profile of OPT-13B on one A100-80G."""
+
+SCALED_SHAREGPT = Lengths("sharegpt / 8", LogNormal(20, 1.6), LogNormal(42, 1.1), 128, 256)
+"""ShareGPT-like lengths at an eighth, for real runs of seconds instead of hours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """`scale`: how many times shorter than ShareGPT's the lengths are. `count`: jobs of one run;
+    `backlog`: jobs of the run that measures saturation."""
+
+    engine: Engine
+    lengths: Lengths
+    scale: float
+    count: int
+    backlog: int
+
+    @property
+    def second(self) -> float:
+        """What a second is to OPT-13B on an A100: as many passes here, at this scale."""
+        return self.engine.step_seconds / self.scale / _A100_STEP
+
+
+def bench(run: Run) -> Bench:
+    """The bench of a run, made once."""
+    return run.once("bench", lambda: _real(run) if run.engine == "real" else _simulated(run))
+
+
+def _simulated(run: Run) -> Bench:
+    capacity = Capacity(
+        blocks=1 << 17, block_size=16, max_tokens=2048, max_sequences=16, max_context=2049
+    )
+    engine = SimulatedEngine(OPT_13B_ON_A100, capacity)
+    return Bench(engine, SHAREGPT, 1.0, run.sized(1500, 300), run.sized(3000, 600))
+
+
+def _real(run: Run) -> Bench:
+    from experiments.real import tiny_llama  # imports torch
+
+    return Bench(tiny_llama(), SCALED_SHAREGPT, 8.0, run.sized(800, 120), run.sized(600, 150))
+
+
+_A100_STEP = SimulatedEngine(
+    OPT_13B_ON_A100, Capacity(1, 16, max_tokens=2048, max_sequences=16, max_context=2049)
+).step_seconds
+
+
+def saturation(run: Run, made: Bench, lengths: Lengths, seed: int) -> float:
+    """The steady saturation rate, in jobs per second: completions in the middle 80% of a
+    backlogged first-come-first-served run. A real engine is measured for each seed, as the speed
+    of a machine drifts; a simulated one once."""
+    key = ("saturation", lengths, seed if run.engine == "real" else 0)
+
+    def measure() -> float:
+        jobs = make_jobs(lengths, offline, made.backlog, seed=10_000 + key[2])
+        outcome = made.engine.serve(jobs, Setup(lambda cost: make_policy("fcfs", cost=cost)))
+        return outcome.completion_rate()
+
+    return run.once(key, measure)
+
+
+def rotated(items: Sequence[T], by: int) -> list[T]:
+    """The items from number `by` on, and then those before: a different order for each seed."""
+    cut = by % len(items)
+    return [*items[cut:], *items[:cut]]
