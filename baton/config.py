@@ -156,6 +156,9 @@ class WorkerConfig(SchedulingConfig):
     )
     max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
     worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
+    record_run: Path | None = Field(
+        None, description="file to record every scheduling decision in, to replay; off if unset"
+    )
 
 
 class PrefillConfig(WorkerConfig):
