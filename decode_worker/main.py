@@ -15,6 +15,7 @@ from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
+from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
@@ -24,6 +25,7 @@ from queueing.membership import Membership
 from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
 from scheduling.order import policy_from
+from scheduling.plan import Capacity
 from scheduling.rules import Rules
 
 SERVICES = ("baton.internal.v1.DecodeService",)
@@ -50,15 +52,11 @@ class DecodeServer:
         self._consumer = PullConsumer(
             executor.pool, layout, self._dialer, timeout=config.kv_timeout
         )
+        self._executor = executor
+        self._recorder = recorder_from(config, "decode", capacity, cost.model)
         self.worker = DecodeWorker(
             executor,
-            DecodeScheduler(
-                capacity,
-                policy_from(config, cost),
-                max_waiting=config.max_waiting,
-                rules=Rules.of(config),
-                cost=cost,
-            ),
+            _scheduler(config, capacity, cost, self._recorder),
             self._consumer,
             EngineMetrics("decode", registry),
             reserve_timeout=config.reserve_timeout,
@@ -93,6 +91,9 @@ class DecodeServer:
         await self.worker.stop()
         await self._consumer.close()
         await self._dialer.close()
+        self._executor.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
 
 async def run(config: DecodeConfig) -> None:
@@ -103,6 +104,17 @@ async def run(config: DecodeConfig) -> None:
         await membership.run(DecodeServer(config), config.drain_seconds)
     finally:
         metrics.stop()
+
+
+def _scheduler(
+    config: DecodeConfig, capacity: Capacity, cost: CostTracker, recorder: RunRecorder | None
+) -> DecodeScheduler:
+    policy, rules, most = policy_from(config, cost), Rules.of(config), config.max_waiting
+    if recorder is None:
+        return DecodeScheduler(capacity, policy, max_waiting=most, rules=rules, cost=cost)
+    return RecordedDecodeScheduler(
+        capacity, policy, recorder, max_waiting=most, rules=rules, cost=cost
+    )
 
 
 def _dialer(config: DecodeConfig, layout: KvLayout) -> GrpcDialer:

@@ -14,6 +14,7 @@ from baton.process import unique_id
 from baton.rpc import Server
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
+from engine.recording import RecordedPrefillScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import KvServicer
 from kv_transfer.contract import KvLayout
 from kv_transfer.producer import LeaseProducer
@@ -25,6 +26,7 @@ from queueing.contract import Registration, Role
 from queueing.membership import Membership
 from scheduling.cost import CostTracker
 from scheduling.order import policy_from
+from scheduling.plan import Capacity
 from scheduling.prefill import PrefillScheduler
 
 SERVICES = ("baton.internal.v1.PrefillService", "baton.internal.v1.KvService")
@@ -64,9 +66,9 @@ class PrefillServer:
             time_to_live=config.kv_lease_seconds,
         )
         cost = CostTracker()
-        scheduler = PrefillScheduler(
-            capacity, policy_from(config, cost), max_waiting=config.max_waiting, cost=cost
-        )
+        self._executor = executor
+        self._recorder = recorder_from(config, "prefill", capacity, cost.model)
+        scheduler = _scheduler(config, capacity, cost, self._recorder)
         metrics = EngineMetrics("prefill", registry)
         self.worker = PrefillWorker(executor, scheduler, self._producer, metrics)
         service, kv_service = PrefillService(self.worker), KvServicer(self._producer)
@@ -107,6 +109,18 @@ class PrefillServer:
         await self.worker.stop()
         await self._producer.close()
         self._pool.close()
+        self._executor.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+
+def _scheduler(
+    config: PrefillConfig, capacity: Capacity, cost: CostTracker, recorder: RunRecorder | None
+) -> PrefillScheduler:
+    policy, most = policy_from(config, cost), config.max_waiting
+    if recorder is None:
+        return PrefillScheduler(capacity, policy, max_waiting=most, cost=cost)
+    return RecordedPrefillScheduler(capacity, policy, recorder, max_waiting=most, cost=cost)
 
 
 async def run(config: PrefillConfig) -> None:

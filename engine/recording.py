@@ -1,0 +1,207 @@
+"""Records what crosses a scheduler's boundary, for the simulator to replay.
+
+The format, and what is left out of it, is scheduling/simulator/record.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Literal
+
+from baton.config import WorkerConfig
+from baton.errors import BatonError, ConfigError
+from baton.types import Request
+from scheduling.cost import CostTracker, LinearCost
+from scheduling.decode import DecodeScheduler
+from scheduling.events import DecodeEvent, PrefillEvent
+from scheduling.order import Policy
+from scheduling.plan import Capacity, StepPlan, StepResult
+from scheduling.prefill import PrefillScheduler
+from scheduling.rules import Rules
+from scheduling.sequence import Sequence
+from scheduling.simulator import record
+from scheduling.simulator.record import RequestRecord, RunHeader, token_of
+
+
+class RunRecorder:
+    """Writes one run to one file, in the order of the calls. Ends with `close`."""
+
+    def __init__(self, path: Path, header: RunHeader) -> None:
+        """Overwrites the file. Raises OSError if that cannot be done."""
+        self._file = path.open("w")
+        self._file.write(record.header_line(header) + "\n")
+
+    def write(self, one: record.Record) -> None:
+        """The next call."""
+        self._file.write(record.record_line(one) + "\n")
+
+    def applied(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        """The plan's result, which the scheduler does not know yet."""
+        sampled = tuple(
+            None if token is None else _kind(chunk.sequence, token.token_id)
+            for chunk, token in zip(plan.chunks, result.sampled, strict=True)
+        )
+        self.write(record.Apply(now, result.seconds, sampled, result.swapped))
+
+    def close(self) -> None:
+        """Write out the rest."""
+        self._file.close()
+
+
+class RecordedDecodeScheduler(DecodeScheduler):
+    """A DecodeScheduler that records every call."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy,
+        recorder: RunRecorder,
+        *,
+        max_waiting: int,
+        rules: Rules | None = None,
+        cost: CostTracker | None = None,
+    ) -> None:
+        super().__init__(capacity, policy, max_waiting=max_waiting, rules=rules, cost=cost)
+        self._recorder = recorder
+        self._failing = False  # what `fail` calls itself is no call from outside
+
+    def submit(self, request: Request, now: float) -> list[Sequence]:
+        """As DecodeScheduler."""
+        try:
+            sequences = super().submit(request, now)
+        except BatonError:
+            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
+            raise
+        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
+        return sequences
+
+    def reserve(self, request: Request, now: float) -> Sequence:
+        """As DecodeScheduler."""
+        try:
+            sequence = super().reserve(request, now)
+        except BatonError:
+            self._recorder.write(record.Reserve(now, RequestRecord.of(request), refused=True))
+            raise
+        self._recorder.write(record.Reserve(now, RequestRecord.of(request)))
+        return sequence
+
+    def arrived(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
+        """As DecodeScheduler."""
+        kind = _kind(sequence, first_token)
+        self._recorder.write(record.Arrived(now, sequence.request.id, kind))
+        return super().arrived(sequence, first_token, now)
+
+    def lost(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
+        """As DecodeScheduler."""
+        kind = _kind(sequence, first_token)
+        self._recorder.write(record.Lost(now, sequence.request.id, kind))
+        return super().lost(sequence, first_token, now)
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """As DecodeScheduler."""
+        if not self._failing:
+            self._recorder.write(record.Abort(now, request_id))
+        return super().abort(request_id, now)
+
+    def quiet(self, sequence: Sequence) -> None:
+        """As DecodeScheduler."""
+        self._recorder.write(record.Quiet(sequence.request.id))
+        super().quiet(sequence)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """As DecodeScheduler."""
+        plan = super().plan(now)
+        self._recorder.write(record.Plan.of(plan, now))
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
+        """As DecodeScheduler."""
+        self._recorder.applied(plan, result, now)
+        return super().apply(plan, result, now)
+
+    def fail(self, plan: StepPlan, now: float) -> list[DecodeEvent]:
+        """As DecodeScheduler."""
+        self._recorder.write(record.Fail(now))
+        self._failing = True
+        try:
+            return super().fail(plan, now)
+        finally:
+            self._failing = False
+
+
+class RecordedPrefillScheduler(PrefillScheduler):
+    """A PrefillScheduler that records every call."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        policy: Policy,
+        recorder: RunRecorder,
+        *,
+        max_waiting: int,
+        cost: CostTracker | None = None,
+    ) -> None:
+        super().__init__(capacity, policy, max_waiting=max_waiting, cost=cost)
+        self._recorder = recorder
+        self._failing = False  # what `fail` calls itself is no call from outside
+
+    def submit(self, request: Request, now: float) -> Sequence:
+        """As PrefillScheduler."""
+        try:
+            sequence = super().submit(request, now)
+        except BatonError:
+            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
+            raise
+        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
+        return sequence
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """As PrefillScheduler."""
+        if not self._failing:
+            self._recorder.write(record.Abort(now, request_id))
+        return super().abort(request_id, now)
+
+    def release(self, blocks: Items[int]) -> None:
+        """As PrefillScheduler."""
+        self._recorder.write(record.Release(tuple(blocks)))
+        super().release(blocks)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """As PrefillScheduler."""
+        plan = super().plan(now)
+        self._recorder.write(record.Plan.of(plan, now))
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[PrefillEvent]:
+        """As PrefillScheduler."""
+        self._recorder.applied(plan, result, now)
+        return super().apply(plan, result, now)
+
+    def fail(self, plan: StepPlan, now: float) -> list[PrefillEvent]:
+        """As PrefillScheduler."""
+        self._recorder.write(record.Fail(now))
+        self._failing = True
+        try:
+            return super().fail(plan, now)
+        finally:
+            self._failing = False
+
+
+def recorder_from(
+    config: WorkerConfig, role: Literal["prefill", "decode"], capacity: Capacity, cost: LinearCost
+) -> RunRecorder | None:
+    """What a worker's configuration asks for; `cost` is the model that its CostTracker begins
+    with. Raises ConfigError if the file cannot be written."""
+    if config.record_run is None:
+        return None
+    settings = {name: getattr(config, name) for name in record.SETTINGS}
+    try:
+        return RunRecorder(config.record_run, RunHeader(role, capacity, settings, cost))
+    except OSError as error:
+        raise ConfigError(f"--record-run {config.record_run}: {error}") from error
+
+
+def _kind(sequence: Sequence, token_id: int) -> int:
+    """What its next token means to it."""
+    return token_of(sequence.request, sequence.generated + 1, token_id)

@@ -1,0 +1,221 @@
+"""What is recorded is all that decides: told the same, a fresh scheduler plans the same."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.config import DecodeConfig, PrefillConfig
+from baton.errors import BatonError, ConfigError
+from baton.types import LengthEstimate, PriorOutput, Request, Sampling, Stopping
+from engine.recording import (
+    RecordedDecodeScheduler,
+    RecordedPrefillScheduler,
+    RunRecorder,
+    recorder_from,
+)
+from engine.simulated import CostModelExecutor, checksum_token
+from scheduling.cost import CostTracker, LinearCost
+from scheduling.decode import DecodeScheduler
+from scheduling.events import Prefilled, PrefillStarted
+from scheduling.order import policy_from
+from scheduling.plan import Capacity, Sampled, StepResult
+from scheduling.prefill import PrefillScheduler
+from scheduling.rules import Rules
+from scheduling.sequence import Phase, Sequence
+from scheduling.simulator import record
+from scheduling.simulator.record import Record, read_run
+
+CAPACITY = Capacity(
+    blocks=24, block_size=4, max_tokens=16, max_sequences=4, max_context=64, host_blocks=24
+)
+
+
+def scheduler_for(config: Any, recorder: RunRecorder | None = None) -> Any:
+    """The scheduler of a worker."""
+    cost = CostTracker()
+    policy, most = policy_from(config, cost), config.max_waiting
+    if isinstance(config, PrefillConfig):
+        if recorder is None:
+            return PrefillScheduler(CAPACITY, policy, max_waiting=most, cost=cost)
+        return RecordedPrefillScheduler(CAPACITY, policy, recorder, max_waiting=most, cost=cost)
+    rules = Rules.of(config)
+    if recorder is None:
+        return DecodeScheduler(CAPACITY, policy, max_waiting=most, rules=rules, cost=cost)
+    return RecordedDecodeScheduler(
+        CAPACITY, policy, recorder, max_waiting=most, rules=rules, cost=cost
+    )
+
+
+class Traffic:
+    """Calls into a scheduler, at random but seeded, as a worker makes them."""
+
+    def __init__(self, scheduler: Any, seed: int) -> None:
+        self.scheduler = scheduler
+        self.random = random.Random(seed)
+        self.executor = CostModelExecutor(
+            CAPACITY, LinearCost(0.01, 0.001), checksum_token(20), swap_seconds_per_block=0.002
+        )
+        self.now = 0.0
+        self.names: list[str] = []
+        self.incoming: list[Sequence] = []
+        self.handed_over: dict[str, list[int]] = {}
+
+    def run(self, calls: int) -> None:
+        """A few calls, then everything that is left."""
+        for _ in range(calls):
+            self.now += self.random.random() * 0.01
+            self.random.choice([self.submit, self.submit, self.come, self.abort, self.step])()
+        for sequence in list(self.incoming):
+            self.settle(sequence)
+        while self.step():
+            pass
+        self.scheduler.check_integrity()
+
+    def request(self) -> Request:
+        pick, name = self.random.randrange, f"r{len(self.names)}"
+        self.names.append(name)
+        return Request(
+            name,
+            tuple(pick(20) for _ in range(pick(1, 30))),
+            Sampling(
+                seed=pick(9), n=1 if isinstance(self.scheduler, PrefillScheduler) else pick(1, 3)
+            ),
+            Stopping(pick(1, 60), min_tokens=pick(4), eos_token_ids=frozenset({7})),
+            priority=pick(2),
+            level=pick(3),
+            arrived_at=self.now,
+            deadline=self.now + pick(1, 5),
+            estimate=self.random.choice([None, LengthEstimate(8, 12)]),
+            prior_outputs=self.random.choice([(), (PriorOutput((1, 2)),) * 2]),
+        )
+
+    def submit(self) -> None:
+        with contextlib.suppress(BatonError):
+            self.scheduler.submit(self.request(), self.now)
+
+    def come(self) -> None:
+        """A hand-off begins, or ends."""
+        if isinstance(self.scheduler, PrefillScheduler):
+            return
+        if self.incoming and self.random.random() < 0.6:
+            self.settle(self.random.choice(self.incoming))
+            return
+        with contextlib.suppress(BatonError):
+            self.incoming.append(self.scheduler.reserve(self.request(), self.now))
+
+    def settle(self, sequence: Sequence) -> None:
+        self.incoming.remove(sequence)
+        if sequence.phase is Phase.FINISHED and self.random.random() < 0.5:
+            self.scheduler.quiet(sequence)
+        elif self.random.random() < 0.3:
+            self.scheduler.lost(sequence, 7, self.now)
+        else:
+            for place, block in enumerate(sequence.blocks):  # as a transfer fills them
+                tokens = sequence.tokens[4 * place : 4 * place + 4]
+                view = self.executor.store.block(block).cast("i")
+                view[: len(tokens)] = memoryview(bytearray(4 * len(tokens))).cast("i")
+            self.scheduler.arrived(sequence, self.random.randrange(20), self.now)
+
+    def abort(self) -> None:
+        if self.names and self.random.random() < 0.4:
+            self.scheduler.abort(self.random.choice(self.names), self.now)
+
+    def step(self) -> bool:
+        plan = self.scheduler.plan(self.now)
+        if plan is None:
+            return False
+        if self.random.random() < 0.3:
+            self.abort()
+        if self.random.random() < 0.03 and not (plan.swap_out or plan.swap_in):
+            self.scheduler.fail(plan, self.now)
+            return True
+        result = self.executor.execute(plan)
+        self.now += result.seconds
+        for event in self.scheduler.apply(plan, result, self.now):
+            match event:
+                case PrefillStarted(sequence):
+                    self.handed_over[sequence.request.id] = sequence.blocks
+                case Prefilled(sequence):
+                    self.scheduler.release(self.handed_over.pop(sequence.request.id))
+        return True
+
+
+def replay(one: Record, scheduler: Any, state: dict[str, Any]) -> None:
+    """Make a recorded call; `state` holds the running plan and the sequences that are reserved."""
+    match one:
+        case record.Submit(now, request, refused) | record.Reserve(now, request, refused):
+            call = scheduler.submit if isinstance(one, record.Submit) else scheduler.reserve
+            try:
+                state[request.id] = call(request.request(), now)
+            except BatonError:
+                assert refused
+            else:
+                assert not refused
+        case record.Arrived(now, request_id, token):
+            scheduler.arrived(state[request_id], token, now)
+        case record.Lost(now, request_id, token):
+            scheduler.lost(state[request_id], token, now)
+        case record.Abort(now, request_id):
+            scheduler.abort(request_id, now)
+        case record.Quiet(request_id):
+            scheduler.quiet(state[request_id])
+        case record.Release(blocks):
+            scheduler.release(blocks)
+        case record.Plan(now):
+            state["plan"] = scheduler.plan(now)
+            assert record.Plan.of(state["plan"], now) == one
+        case record.Apply(now, seconds, sampled, swapped):
+            tokens = tuple(None if token is None else Sampled(token) for token in sampled)
+            result = StepResult(tokens, ((),) * len(tokens), seconds, swapped)
+            scheduler.apply(state["plan"], result, now)
+        case record.Fail(now):
+            scheduler.fail(state["plan"], now)
+
+
+CONFIGS = [
+    PrefillConfig(policy="fcfs", max_waiting=6),
+    PrefillConfig(policy="skip-join-mlfq", max_waiting=6, mlfq_quantum=0.02),
+    DecodeConfig(policy="fcfs", max_waiting=6),
+    DecodeConfig(policy="skip-join-mlfq", max_waiting=6, mlfq_quantum=0.02),
+    DecodeConfig(policy="skip-join-mlfq", preemption="swap", mlfq_quantum=0.02),
+    DecodeConfig(policy="fcfs", preemption="swap", swapping="reactive"),
+    DecodeConfig(policy="skip-join-mlfq", preemption="auto", batching="prefill-first"),
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.policy}-{c.preemption}-{c.swapping}"
+)
+def test_a_fresh_scheduler_that_is_told_the_same_plans_the_same(
+    config: Any, seed: int, tmp_path: Path
+) -> None:
+    role = "prefill" if isinstance(config, PrefillConfig) else "decode"
+    config = config.model_copy(update={"record_run": tmp_path / "run.jsonl"})
+    recorder = recorder_from(config, role, CAPACITY, LinearCost())
+    assert recorder
+    with contextlib.closing(recorder):
+        Traffic(scheduler_for(config, recorder), seed).run(calls=150)
+
+    with config.record_run.open() as lines:
+        header, records = read_run(lines)
+        assert (header.role, header.capacity) == (role, CAPACITY)
+        fresh, state = scheduler_for(type(config)(**header.settings)), dict[str, Any]()
+        kinds = set()
+        for one in records:
+            replay(one, fresh, state)
+            kinds.add(type(one))
+    fresh.check_integrity()
+    assert {record.Submit, record.Plan, record.Apply, record.Abort} <= kinds
+
+
+def test_nothing_is_recorded_unless_asked_for_and_a_bad_path_is_told() -> None:
+    assert recorder_from(DecodeConfig(), "decode", CAPACITY, LinearCost()) is None
+    bad = DecodeConfig(record_run=Path("/nowhere/run.jsonl"))
+    with pytest.raises(ConfigError, match="record-run"):
+        recorder_from(bad, "decode", CAPACITY, LinearCost())
