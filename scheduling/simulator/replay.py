@@ -1,0 +1,186 @@
+"""A recorded run (record.py) through fresh schedulers: the same calls must give the same plans.
+
+This is what makes the simulator's claims hold for the workers: what drives a scheduler there and
+here differs, what it decides does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from baton.config import WorkerConfig
+from baton.errors import AlreadyExists, InvalidRequest, Overloaded
+from scheduling.cost import CostTracker
+from scheduling.decode import DecodeScheduler
+from scheduling.order import policy_from
+from scheduling.plan import Sampled, StepPlan, StepResult
+from scheduling.prefill import PrefillScheduler
+from scheduling.rules import Rules
+from scheduling.sequence import Sequence
+from scheduling.simulator.record import (
+    Abort,
+    Apply,
+    Arrived,
+    Fail,
+    Lost,
+    Plan,
+    Quiet,
+    Record,
+    Release,
+    Reserve,
+    RunHeader,
+    Submit,
+    read_run,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a replay first went another way. `line` counts from 1, in the file of the run."""
+
+    line: int
+    recorded: str
+    replayed: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: recorded {self.recorded}; replayed {self.replayed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of a replay: `plans` that were the same, up to the end or the difference."""
+
+    plans: int
+    difference: Difference | None = None
+
+
+def replay(lines: Iterable[str]) -> Replay:
+    """Replay a run, given as the lines of its file.
+
+    Raises ValueError for what is no recorded run of this version.
+    """
+    header, records = read_run(lines)
+    scheduler = _scheduler(header)
+    plans = 0
+    for line, record in enumerate(records, start=2):
+        difference = scheduler.call(record)
+        if difference is not None:
+            return Replay(plans, Difference(line, *difference))
+        plans += isinstance(record, Plan) and record.digest is not None
+    return Replay(plans)
+
+
+def _scheduler(header: RunHeader) -> _Calls:
+    config = WorkerConfig.model_construct(**header.settings)
+    cost = CostTracker(header.cost)
+    policy = policy_from(config, cost)
+    waiting = int(config.max_waiting)
+    if header.role == "prefill":
+        return _PrefillCalls(
+            PrefillScheduler(header.capacity, policy, max_waiting=waiting, cost=cost)
+        )
+    return _DecodeCalls(
+        DecodeScheduler(
+            header.capacity, policy, max_waiting=waiting, rules=Rules.of(config), cost=cost
+        )
+    )
+
+
+_Different = tuple[str, str] | None
+"""What was recorded and what happened instead; None if they are the same."""
+
+
+class _Calls:
+    """Makes the calls that every scheduler has."""
+
+    def __init__(self, scheduler: DecodeScheduler | PrefillScheduler) -> None:
+        self._scheduler = scheduler
+        self._plan: StepPlan | None = None
+
+    def call(self, record: Record) -> _Different:
+        """Make one call, and compare."""
+        match record:
+            case Submit(now, request, refused):
+                return _refusal(refused, lambda: self._scheduler.submit(request.request(), now))
+            case Abort(now, request_id):
+                self._scheduler.abort(request_id, now)
+            case Plan():
+                return self._next_plan(record)
+            case Apply(now):
+                self._scheduler.apply(self._running(), _result(record), now)
+            case Fail(now):
+                self._scheduler.fail(self._running(), now)
+            case _:
+                raise ValueError(f"this kind of scheduler has no {type(record).__name__.lower()}")
+        return None
+
+    def _next_plan(self, recorded: Plan) -> _Different:
+        self._plan = self._scheduler.plan(recorded.now)
+        found = Plan.of(self._plan, recorded.now)
+        return None if found == recorded else (str(recorded), _describe(found, self._plan))
+
+    def _running(self) -> StepPlan:
+        if self._plan is None:
+            raise ValueError("a result without a plan")
+        return self._plan
+
+
+class _PrefillCalls(_Calls):
+    def __init__(self, scheduler: PrefillScheduler) -> None:
+        super().__init__(scheduler)
+        self._prefill = scheduler
+
+    def call(self, record: Record) -> _Different:
+        if isinstance(record, Release):
+            self._prefill.release(record.blocks)
+            return None
+        return super().call(record)
+
+
+class _DecodeCalls(_Calls):
+    def __init__(self, scheduler: DecodeScheduler) -> None:
+        super().__init__(scheduler)
+        self._decode = scheduler
+        self._reserved: dict[str, Sequence] = {}
+
+    def call(self, record: Record) -> _Different:
+        match record:
+            case Reserve(_, _, refused):
+                return _refusal(refused, lambda: self._reserve(record))
+            case Arrived(now, request_id, token):
+                self._decode.arrived(self._reserved[request_id], token, now)
+            case Lost(now, request_id, token):
+                self._decode.lost(self._reserved[request_id], token, now)
+            case Quiet(request_id):
+                self._decode.quiet(self._reserved[request_id])
+            case _:
+                return super().call(record)
+        return None
+
+    def _reserve(self, record: Reserve) -> None:
+        sequence = self._decode.reserve(record.request.request(), record.now)
+        self._reserved[record.request.id] = sequence
+
+
+def _refusal(recorded: bool, call: Callable[[], object]) -> _Different:
+    """Make a call that may raise, and compare whether it did."""
+    try:
+        call()
+    except (InvalidRequest, Overloaded, AlreadyExists) as error:
+        return None if recorded else ("accepted", f"refused: {error}")
+    return ("refused", "accepted") if recorded else None
+
+
+def _result(record: Apply) -> StepResult:
+    sampled = tuple(None if token is None else Sampled(token) for token in record.sampled)
+    return StepResult(sampled, ((),) * len(sampled), record.seconds, record.swapped)
+
+
+def _describe(found: Plan, plan: StepPlan | None) -> str:
+    if plan is None:
+        return "nothing to run"
+    chunks = ", ".join(
+        f"{'/'.join(map(str, c.sequence.id))}[{c.start}:{c.start + c.length}]" for c in plan.chunks
+    )
+    return f"{found} with {chunks}"
