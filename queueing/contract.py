@@ -37,7 +37,13 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What the queue knows of a request: numbers only. `cached_tokens` need no prefill."""
+    """What the queue knows of a request: numbers only. `cached_tokens` need no prefill.
+
+    `cost` is the service it is expected to take, in seconds, divided by the tenant's weight where
+    tenants have some: tenants take turns by it. `handicap` is by how many seconds a younger request
+    may stand before it. `predicted_tokens` is the output that the order counts on: service up to
+    there costs no level.
+    """
 
     request_id: str
     tenant: str
@@ -46,6 +52,9 @@ class Submission:
     cached_tokens: int = 0
     priority: int = 0
     time_to_live: float | None = None
+    handicap: float = 0.0
+    cost: float = 1.0
+    predicted_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +150,17 @@ class LevelDepth:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A request that a gateway holds, as it tells reconcile after the server lost its data."""
+    """A request that a gateway holds, as it tells reconcile after the server lost its data.
+
+    `age` is in seconds since its submission: the order of all gateways' requests comes back.
+    """
 
     submission: Submission
     level: int
     generated: int
     worker_id: str | None  # None: waiting
     claim: Claim | None
+    age: float = 0.0
 
 
 class GatewayQueue(Protocol):
@@ -161,8 +174,9 @@ class GatewayQueue(Protocol):
         ...
 
     async def claim(self, worker: WorkerRecord, limit: int) -> list[Claimed]:
-        """Take up to `limit` of this gateway's own requests for `worker`, highest level first,
-        oldest first, within the worker's free token capacity. The order is global: requests of
+        """Take up to `limit` of this gateway's own requests for `worker`, within the worker's free
+        token capacity: highest priority first, tenants in turn, and of a tenant's by level and
+        age plus handicap. The order is global: requests of
         other gateways that stand ahead are left to them, and the capacity they will need is
         left too. Empty when the worker drains or is gone (then the caller refreshes)."""
         ...
@@ -187,6 +201,11 @@ class GatewayQueue(Protocol):
         False when it had ended before, is unknown or another gateway's, or the claim is stale."""
         ...
 
+    def measured(self, prefill_base: float, prefill_per_token: float) -> None:
+        """What a first iteration costs, in seconds, as the workers measure it: skip-join uses it
+        in place of the settings' guess. The server learns it with the next heartbeat."""
+        ...
+
     async def workers(self) -> list[WorkerRecord]:
         """All live workers."""
         ...
@@ -196,7 +215,8 @@ class GatewayQueue(Protocol):
         ...
 
     async def promote(self) -> int:
-        """Lift requests that waited too long to level 0; returns how many."""
+        """Lift requests that waited too long to level 0, and those whose deadline is near before
+        all levels; returns how many."""
         ...
 
     async def reap(self) -> Reaped:

@@ -9,8 +9,13 @@ lives in one slot and a script may touch any of its keys.
 | fence | integer | last claim fence or worker epoch given out |
 | counts | hash | requests and prompt tokens waiting, per level: `n0`, `t0`, `n1` ... |
 | tenants | hash | live requests per tenant |
-| bands | zset | bands that have waiting requests; a band is level - 16 * priority |
-| queue:BAND | zset | waiting requests of a band by arrival |
+| classes | zset | priorities that have waiting requests, highest first |
+| virtual | hash | per priority: the largest tag that a claim began with |
+| deadlines | zset | waiting requests by the time at which they become urgent |
+| lanes:PRIORITY | zset | a class's lanes that have waiting requests, by tag and head |
+| lane:PRIORITY/TENANT | hash | tag, live requests, place in `lanes` |
+| queue:PRIORITY/TENANT | zset | waiting requests of a lane, in the policy's order |
+| ages:LEVEL | zset | waiting requests of a level by arrival |
 | leases | zset | claimed requests by expiry |
 | workers | zset | workers by expiry |
 | gateways | zset | gateways by expiry |
@@ -28,14 +33,22 @@ from __future__ import annotations
 
 from baton.errors import ConfigError
 
-SINGLE = ("config", "fence", "counts", "tenants", "bands", "leases", "workers", "gateways")
+SINGLE = (
+    "config",
+    "fence",
+    "counts",
+    "tenants",
+    "classes",
+    "virtual",
+    "deadlines",
+    "leases",
+    "workers",
+    "gateways",
+)
 """Keys of which a pool has one."""
 
-FAMILIES = ("queue", "request", "worker", "held", "live", "news", "answer")
+FAMILIES = ("lanes", "lane", "queue", "ages", "request", "worker", "held", "live", "news", "answer")
 """Keys of which a pool has one per id."""
-
-BAND_WIDTH = 16
-"""Levels that fit between two priorities."""
 
 
 def prefix(pool: str) -> str:
@@ -55,7 +68,7 @@ def lua_names() -> str:
 
     Expects the prefix in KEYS[1].
     """
-    lines = ["local PREFIX = KEYS[1]", f"local BAND_WIDTH = {BAND_WIDTH}"]
+    lines = ["local PREFIX = KEYS[1]"]
     lines += [f"local {name.upper()} = PREFIX .. '{name}'" for name in SINGLE]
     lines += [
         f"local function {name}_key(id) return PREFIX .. '{name}:' .. id end" for name in FAMILIES

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from baton.errors import AlreadyExists, Overloaded, QueueError
 from baton.types import Claim, Load
@@ -105,6 +105,7 @@ class RedisGatewayQueue:
             submission.cached_tokens,
             submission.priority,
             _microseconds(submission.time_to_live),
+            *_order(submission),
         )
         return reply
 
@@ -140,6 +141,14 @@ class RedisGatewayQueue:
             await self._scripts.run(
                 "finish", self._gateway, request_id, _nonce(), outcome.value, generated, fence
             )
+        )
+
+    def measured(self, prefill_base: float, prefill_per_token: float) -> None:
+        """See GatewayQueue."""
+        self._settings = replace(
+            self._settings,
+            prefill_seconds_base=prefill_base,
+            prefill_seconds_per_token=prefill_per_token,
         )
 
     async def workers(self) -> list[WorkerRecord]:
@@ -189,7 +198,7 @@ class RedisGatewayQueue:
 
     async def _announce(self) -> bool:
         settings = asdict(self._settings)
-        fields = [part for name, value in settings.items() for part in (name, repr(value))]
+        fields = [part for name, value in settings.items() for part in (name, str(value))]
         lifetime = _microseconds(self._settings.gateway_ttl)
         return bool(
             await self._scripts.run("heartbeat", self._gateway, _nonce(), lifetime, *fields)
@@ -303,4 +312,16 @@ def _spell(live: Live) -> list[str | int]:
         live.worker_id if held and live.worker_id else "",
         live.claim.fence if held and live.claim else "",
         live.claim.attempt if live.claim else 1,
+        _microseconds(live.age),
+        *_order(submission),
+    ]
+
+
+def _order(submission: Submission) -> list[str | int]:
+    """What decides the place, besides level and age."""
+    predicted = submission.predicted_tokens
+    return [
+        _microseconds(submission.handicap),
+        _microseconds(submission.cost),
+        "" if predicted is None else predicted,
     ]

@@ -89,9 +89,10 @@ class Scripts:
                     reply = await self._redis.evalsha(_digest(name), *parameters)  # type: ignore[arg-type]
                 except NoScriptError:
                     reply = await self._redis.eval(source(name), *parameters)  # type: ignore[arg-type]
-        except OutOfMemoryError as error:
-            raise Overloaded("the queue's memory is full", subject="queue memory") from error
         except (RedisError, OSError) as error:
+            # Redis before 7 wraps what a command in a script answered.
+            if isinstance(error, OutOfMemoryError) or "-OOM " in str(error):
+                raise Overloaded("the queue's memory is full", subject="queue memory") from error
             raise QueueError(f"the queue does not answer ({type(error).__name__})") from error
         if task and task.cancelling() > cancellations:
             # redis-py sends inside asyncio.wait_for, which before Python 3.12 loses a cancellation

@@ -6,7 +6,7 @@
 -- anyway, a claim walks the queue from the head and subtracts what requests of other live gateways
 -- will need; it ends at the first request that does not fit, whoever owns it. So nothing
 -- overtakes, and a long prompt gets its turn when the worker runs empty: then the first one always
--- fits (it will be cut into chunks).
+-- fits (it will be cut into chunks). What the walk passes counts for its lane in thought only.
 drain_first()
 local t, gateway, nonce, worker, epoch = clock(), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local limit, look_ahead = tonumber(ARGV[6]), tonumber(ARGV[7])
@@ -28,37 +28,101 @@ local function is_alive(owner)
   return alive[owner]
 end
 
-local function take(r, need)
-  local fence = next_fence(t)
-  dequeue(r)
-  attach(r, state, worker, epoch, fence, need, t + lease)
-  redis.call('HINCRBY', worker_key(worker), 'tokens', need)
-  return { r.id, fence, tostring(r.level), r.generated, tostring(r.faults + 1) }
+-- A lane as this walk has changed it in thought: `items` from its queue, `at` the next of them.
+local PAGE = 16
+local function refill(lane)
+  if lane.at <= #lane.items then return true end
+  local more = redis.call('ZRANGE', queue_key(lane.name), lane.read, lane.read + PAGE - 1)
+  lane.items, lane.at, lane.read = more, 1, lane.read + #more
+  return #more > 0
 end
 
-local out, taken, seen = {}, 0, 0
-local function walk(band)
-  for _, id in ipairs(redis.call('ZRANGE', queue_key(band), 0, look_ahead - seen - 1)) do
-    seen = seen + 1
-    local r = load_request(id)
-    if not r or r.state ~= 'Q' then
-      redis.call('ZREM', queue_key(band), id) -- its record is lost: heal
-    elseif is_alive(r.gateway) and (r.deadline == '' or tonumber(r.deadline) > t) then
-      local need = math.max(1, r.prompt + r.generated - r.cached)
-      if need > free and not idle then return true end
-      free, idle = free - need, false
-      if r.gateway == gateway then
-        for _, value in ipairs(take(r, need)) do out[#out + 1] = value end
-        taken = taken + 1
-        if taken == limit then return true end
+local function open_lane(priority, turn)
+  local tenant = string.sub(turn, PLACE + 1)
+  local name = priority .. '/' .. tenant
+  local tag = tonumber(redis.call('HGET', lane_key(name), 'tag') or 0)
+  return { name = name, tenant = tenant, priority = priority, tag = tag, items = {}, at = 1, read = 0 }
+end
+
+local function stands_before(a, b)
+  if a.bucket ~= b.bucket then return a.bucket < b.bucket end
+  return a.turn < b.turn
+end
+
+local taken, changed, seen = {}, {}, 0
+
+-- Look at the head of a lane. Returns true when the walk is over.
+local function visit(lane)
+  local id = string.sub(lane.items[lane.at], PLACE + 1)
+  local r = load_request(id)
+  seen = seen + 1
+  if not r or r.state ~= 'Q' then
+    changed[lane] = changed[lane] or {}
+    table.insert(changed[lane], lane.items[lane.at]) -- its record is lost: heal
+  elseif is_alive(r.gateway) and (r.deadline == '' or tonumber(r.deadline) > t) then
+    local need = math.max(1, r.prompt + r.generated - r.cached)
+    if need > free and not idle then return true end
+    free, idle = free - need, false
+    lane.tag = lane.tag + r.cost
+    if r.gateway == gateway then
+      changed[lane] = changed[lane] or {}
+      taken[#taken + 1] = { r, need }
+    end
+  end
+  lane.at = lane.at + 1
+  return #taken == limit or seen >= look_ahead
+end
+
+-- Walk one class: the lanes as they stand there, merged with those that the walk has moved on.
+local function walk(priority)
+  local standing, read = {}, 0
+  local moved = {}
+  while true do
+    if not standing[1] then
+      local more = redis.call('ZRANGE', lanes_key(priority), read, read + PAGE - 1, 'WITHSCORES')
+      for i = 1, #more, 2 do standing[#standing + 1] = { turn = more[i], bucket = tonumber(more[i + 1]) } end
+      read = read + #standing
+    end
+    local best, index = standing[1], 0
+    for i, lane in ipairs(moved) do
+      if not best or stands_before(lane, best) then best, index = lane, i end
+    end
+    if not best then return false end
+    local lane = table.remove(index == 0 and standing or moved, math.max(index, 1))
+    if index == 0 then lane = open_lane(priority, lane.turn) end
+    if refill(lane) then
+      if visit(lane) then return true end
+      if refill(lane) then
+        lane.turn = string.sub(lane.items[lane.at], 1, PLACE) .. lane.tenant
+        lane.bucket = bucket_of(lane.tag)
+        moved[#moved + 1] = lane
       end
     end
   end
-  return seen >= look_ahead
 end
 
-for _, band in ipairs(redis.call('ZRANGE', BANDS, 0, -1)) do
-  if walk(band) then break end
+for _, priority in ipairs(redis.call('ZRANGE', CLASSES, 0, -1)) do
+  if walk(priority) then break end
 end
-if taken > 0 then redis.call('SET', answer_key(nonce), cjson.encode(out), 'EX', 10) end
+
+local out = {}
+for _, pair in ipairs(taken) do
+  local r, need = pair[1], pair[2]
+  local fence = next_fence(t)
+  unlist(r)
+  local tag = charge_lane(r, 1)
+  if tag > tonumber(redis.call('HGET', VIRTUAL, r.priority) or 0) then
+    redis.call('HSET', VIRTUAL, r.priority, whole(tag))
+  end
+  attach(r, state, worker, epoch, fence, need, t + lease)
+  redis.call('HINCRBY', worker_key(worker), 'tokens', need)
+  for _, value in ipairs({ r.id, fence, tostring(r.level), r.generated, tostring(r.faults + 1) }) do
+    out[#out + 1] = value
+  end
+end
+for lane, lost in pairs(changed) do
+  for _, item in ipairs(lost) do redis.call('ZREM', queue_key(lane.name), item) end
+  settle(lane.priority, lane.tenant, false)
+end
+if #taken > 0 then redis.call('SET', answer_key(nonce), cjson.encode(out), 'EX', 10) end
 return out

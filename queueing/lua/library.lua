@@ -20,6 +20,12 @@ local function setting(name, default)
   return tonumber(redis.call('HGET', CONFIG, name) or default)
 end
 
+local slack -- read once per call
+local function bucket_of(tag)
+  slack = slack or math.max(1, setting('fairness_slack', 0.5) * 1000000)
+  return math.floor(tag / slack)
+end
+
 -- Claim fences and worker epochs. After a loss of data they go on above all earlier ones.
 local function next_fence(t)
   local fence = redis.call('INCR', FENCE)
@@ -48,22 +54,90 @@ local function is_live(r) return r.state == 'Q' or is_claimed(r) end
 
 local function is_claimed_under(r, fence) return is_claimed(r) and r.fence == fence end
 
--- Priority first, then level, then arrival. Each pair of priority and level is a band with a queue
--- of its own and `bands` sorts them: one composite score cannot hold all three in 53 bits.
-local function enqueue(r)
-  local band = whole(r.level - BAND_WIDTH * r.priority)
-  redis.call('ZADD', queue_key(band), r.queued_at, r.id)
-  redis.call('ZADD', BANDS, band, band)
+-- The order of waiting requests. Priority first: each has a class of its own. In a class each tenant
+-- has a lane, in which the policy decides, and lanes take turns by the service they have had (start-time
+-- fair queueing): a lane's tag is the service in microseconds that its claims were expected to cost.
+-- Lanes whose tags are within `fairness_slack` of each other stand in the policy's order too.
+--
+-- A place is 18 digits, two of slot and 16 of time, and then a name; members of equal score sort as text.
+-- Slot 0 is for requests whose deadline is near, slot n + 1 for level n.
+local PLACE = 18
+local function lane_of(r) return r.priority .. '/' .. r.tenant end
+
+local function place(r)
+  if r.urgent == '1' then return string.format('%02d%016.0f', 0, r.deadline) end
+  return string.format('%02d%016.0f', r.level + 1, r.due)
+end
+
+-- Put a lane where its head and its tag belong. One that comes back to an empty queue with `lift` starts
+-- level with the others: service that it did not ask for cannot be saved up.
+local function settle(priority, tenant, lift)
+  local name = priority .. '/' .. tenant
+  local lane = redis.call('HMGET', lane_key(name), 'tag', 'turn')
+  local tag, turn = tonumber(lane[1] or 0), lane[2] or ''
+  local head = redis.call('ZRANGE', queue_key(name), 0, 0)[1]
+  if not head then
+    if turn == '' then return end
+    redis.call('HSET', lane_key(name), 'turn', '')
+    redis.call('ZREM', lanes_key(priority), turn)
+    if redis.call('EXISTS', lanes_key(priority)) == 0 then redis.call('ZREM', CLASSES, priority) end
+    return
+  end
+  local new = string.sub(head, 1, PLACE) .. tenant
+  if turn == '' then
+    redis.call('ZADD', CLASSES, -priority, priority)
+    if lift then
+      tag = math.max(tag, tonumber(redis.call('HGET', VIRTUAL, priority) or 0))
+      redis.call('HSET', lane_key(name), 'tag', whole(tag))
+    end
+  elseif turn ~= new then
+    redis.call('ZREM', lanes_key(priority), turn)
+  end
+  redis.call('ZADD', lanes_key(priority), bucket_of(tag), new)
+  if turn ~= new then redis.call('HSET', lane_key(name), 'turn', new) end
+end
+
+-- One more, or one less, live request of a lane; it is forgotten with its last one.
+local function count_in_lane(r, change)
+  if redis.call('HINCRBY', lane_key(lane_of(r)), 'live', change) <= 0 then
+    redis.call('DEL', lane_key(lane_of(r)))
+  end
+end
+
+-- A claim costs its lane the expected service; one that comes back is refunded. Returns the tag before.
+local function charge_lane(r, sign)
+  return redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', whole(sign * r.cost)) - sign * r.cost
+end
+
+local function enqueue(r, t, lift)
+  if r.deadline ~= '' and r.urgent ~= '1' then
+    local urgent_at = r.deadline - setting('urgent_before', 2) * 1000000 - r.cost
+    if urgent_at <= t then
+      r.urgent = '1'
+      redis.call('HSET', request_key(r.id), 'urgent', '1')
+    else
+      redis.call('ZADD', DEADLINES, urgent_at, r.id)
+    end
+  end
+  redis.call('ZADD', queue_key(lane_of(r)), 0, place(r) .. r.id)
+  redis.call('ZADD', ages_key(r.level), r.queued_at, r.id)
   redis.call('HINCRBY', COUNTS, 'n' .. r.level, 1)
   redis.call('HINCRBY', COUNTS, 't' .. r.level, r.prompt)
+  settle(r.priority, r.tenant, lift)
+end
+
+-- Out of the queue, without a word to its lane.
+local function unlist(r)
+  redis.call('ZREM', queue_key(lane_of(r)), place(r) .. r.id)
+  redis.call('ZREM', ages_key(r.level), r.id)
+  if r.deadline ~= '' and r.urgent ~= '1' then redis.call('ZREM', DEADLINES, r.id) end
+  redis.call('HINCRBY', COUNTS, 'n' .. r.level, -1)
+  redis.call('HINCRBY', COUNTS, 't' .. r.level, -r.prompt)
 end
 
 local function dequeue(r)
-  local band = whole(r.level - BAND_WIDTH * r.priority)
-  redis.call('ZREM', queue_key(band), r.id)
-  if redis.call('EXISTS', queue_key(band)) == 0 then redis.call('ZREM', BANDS, band) end
-  redis.call('HINCRBY', COUNTS, 'n' .. r.level, -1)
-  redis.call('HINCRBY', COUNTS, 't' .. r.level, -r.prompt)
+  unlist(r)
+  settle(r.priority, r.tenant, false)
 end
 
 -- Prompt tokens count against a worker from the claim until its first new token is reported.
@@ -88,6 +162,7 @@ end
 
 local function end_request(r, outcome, generated)
   if r.state == 'Q' then dequeue(r) else detach(r) end
+  count_in_lane(r, -1)
   redis.call('ZREM', live_key(r.gateway), r.id)
   if redis.call('HINCRBY', TENANTS, r.tenant, -1) <= 0 then redis.call('HDEL', TENANTS, r.tenant) end
   redis.call('HSET', request_key(r.id), 'state', outcome, 'generated', math.max(generated, r.generated))
@@ -106,7 +181,8 @@ local function requeue(r, t, fault)
   end
   detach(r)
   redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0)
-  enqueue(r)
+  charge_lane(r, -1)
+  enqueue(r, t, false)
   return 'Q', fence
 end
 

@@ -13,8 +13,12 @@ local c = redis.call('HMGET', CONFIG, 'levels', 'quantum', 'ratio')
 local levels, quantum, ratio = tonumber(c[1] or 1), tonumber(c[2] or 1), tonumber(c[3] or 1)
 local expiry = t + setting('lease_ttl', 10) * 1000000
 
+-- Where a length was predicted, the order counts on it already: only what comes after is charged.
 local function charge(r, generated, served)
-  local spent = r.spent + math.max(0, served - r.served)
+  local spent = tonumber(r.spent)
+  if r.predicted == '' or generated > tonumber(r.predicted) then
+    spent = spent + math.max(0, served - r.served)
+  end
   while r.level < levels - 1 and spent >= quantum * ratio ^ r.level do
     spent = spent - quantum * ratio ^ r.level
     r.level = r.level + 1

@@ -8,15 +8,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', WORKERS, '(' .. whole(t), '+inf'
   workers[#workers + 1] = w
 end
 
-local oldest = {}
-for _, band in ipairs(redis.call('ZRANGE', BANDS, 0, -1)) do
-  local level = band % BAND_WIDTH
-  local first = redis.call('ZRANGE', queue_key(band), 0, 0, 'WITHSCORES')
-  if first[2] then oldest[level] = math.min(oldest[level] or t, tonumber(first[2])) end
-end
 local levels = {}
 for level = 0, setting('levels', 1) - 1 do
   local counts = redis.call('HMGET', COUNTS, 'n' .. level, 't' .. level)
-  levels[level + 1] = { tonumber(counts[1] or 0), tonumber(counts[2] or 0), t - (oldest[level] or t) }
+  local first = redis.call('ZRANGE', ages_key(level), 0, 0, 'WITHSCORES')
+  levels[level + 1] = { tonumber(counts[1] or 0), tonumber(counts[2] or 0), t - (first[2] or t) }
 end
 return { workers, levels }

@@ -6,7 +6,9 @@ that nobody was told is None, so that nothing matches it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from queueing.settings import QueueSettings
 
@@ -35,6 +37,10 @@ class Entry:
     deadline: int | None
     queued_at: int
     level: int
+    due: int = 0
+    cost: int = 1
+    predicted: int | None = None
+    urgent: bool = False
     state: str = "Q"
     spent: float = 0.0
     generated: int = 0
@@ -59,6 +65,24 @@ class Entry:
     def need(self) -> int:
         return max(1, self.prompt + self.generated - self.cached)
 
+    @property
+    def lane(self) -> tuple[int, str]:
+        return (self.priority, self.tenant)
+
+    @property
+    def place(self) -> tuple[int, int, str]:
+        """In its lane."""
+        if self.urgent:
+            assert self.deadline is not None
+            return (0, self.deadline, self.id)
+        return (self.level + 1, self.due, self.id)
+
+    @property
+    def urgent_at(self) -> float:
+        if self.deadline is None:
+            return float("inf")
+        return self.deadline - int(SETTINGS.urgent_before * SECOND) - self.cost
+
 
 @dataclass
 class Worker:
@@ -81,11 +105,50 @@ class Reference:
     gateways: dict[str, int] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
     news: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    tags: dict[tuple[int, str], int] = field(default_factory=dict)  # service claimed, by lane
+    virtual: dict[int, int] = field(default_factory=dict)
 
     def waiting(self) -> list[Entry]:
-        """In the order in which they are due."""
-        queued = [r for r in self.requests.values() if r.state == "Q"]
-        return sorted(queued, key=lambda r: (-r.priority, r.level, r.queued_at, r.id))
+        """In no order."""
+        return [r for r in self.requests.values() if r.state == "Q"]
+
+    def lane_is_empty(self, lane: tuple[int, str]) -> bool:
+        return not any(r.lane == lane for r in self.waiting())
+
+    def walk(self) -> Iterator[tuple[Entry, Callable[[], None]]]:
+        """Waiting requests as they are due. Calling the second part charges its lane, which
+        moves the lane in what is to come, but not in the pool."""
+        tags = dict(self.tags)
+        left = self.waiting()
+        slack = SETTINGS.fairness_slack * SECOND
+
+        def turn(r: Entry) -> tuple[Any, ...]:
+            slot, time, _ = r.place
+            return (-r.priority, tags.get(r.lane, 0) // slack, slot, time, r.tenant, r.id)
+
+        while left:
+            heads = {}
+            for r in sorted(left, key=lambda r: r.place):
+                heads.setdefault(r.lane, r)
+            one = min(heads.values(), key=turn)
+            left.remove(one)
+
+            def charge(r: Entry = one) -> None:
+                tags[r.lane] = tags.get(r.lane, 0) + r.cost
+
+            yield one, charge
+
+    def list(self, r: Entry, *, lift: bool) -> None:
+        """Into the queue. Call before its state is Q."""
+        if r.urgent_at <= self.now:
+            r.urgent = True
+        if lift and self.lane_is_empty(r.lane):
+            start = max(self.tags.get(r.lane, 0), self.virtual.get(r.priority, 0))
+            self.tags[r.lane] = start
+
+    def forget_lane(self, lane: tuple[int, str]) -> None:
+        if not any(r.live and r.lane == lane for r in self.requests.values()):
+            self.tags.pop(lane, None)
 
     def in_flight(self, worker: str) -> int:
         """Prompt tokens claimed for a worker and not through yet."""
@@ -120,6 +183,7 @@ class Reference:
             self.heartbeat(gateway)
             self.lost.add(gateway)
         new.level = self.first_level(new.prompt - new.cached)
+        self.list(new, lift=True)
         self.requests[new.id] = new
         return new.level
 
@@ -129,18 +193,25 @@ class Reference:
         if w is None or w.epoch != epoch or w.draining:
             return []
         used, out = self.in_flight(worker), list[Entry]()
-        for r in self.waiting():
+        for r, charge in self.walk():
             owner_dead = self.gateways.get(r.gateway, 0) <= self.now
             if owner_dead or (r.deadline is not None and r.deadline <= self.now):
                 continue
             if used and used + r.need > w.capacity:
                 break
             used += r.need
+            charge()
             if r.gateway == gateway:
                 out.append(r)
                 if len(out) == limit:
                     break
         return out
+
+    def claim(self, r: Entry, worker: str, epoch: int, fence: int, state: str) -> None:
+        start = self.tags.get(r.lane, 0)
+        self.tags[r.lane] = start + r.cost
+        self.virtual[r.priority] = max(start, self.virtual.get(r.priority, 0))
+        self.give(r, worker, epoch, fence, state=state, tokens=r.need)
 
     def give(
         self, r: Entry, worker: str, epoch: int, fence: int, *, state: str, tokens: int
@@ -151,6 +222,7 @@ class Reference:
 
     def end(self, r: Entry, outcome: str, generated: int = 0) -> None:
         r.state, r.generated = outcome, max(generated, r.generated)
+        self.forget_lane(r.lane)
 
     def requeue(self, r: Entry, *, fault: bool) -> None:
         r.faults += fault
@@ -158,6 +230,8 @@ class Reference:
         if fault and r.faults >= SETTINGS.max_attempts:
             self.end(r, "E")
             return
+        self.tags[r.lane] -= r.cost
+        self.list(r, lift=False)
         r.state, r.worker, r.epoch, r.tokens = "Q", "", 0, 0
 
     def requeue_and_tell(self, r: Entry, *, fault: bool) -> None:
@@ -175,7 +249,8 @@ class Reference:
             return "=" if r.state == "P" and r.fence == fence else "S"
         if not (r.claimed and r.fence == fence) and not (r.state == "D" and r.handed == fence):
             return "S"
-        r.spent += max(0.0, served - r.served)
+        if r.predicted is None or generated > r.predicted:
+            r.spent += max(0.0, served - r.served)
         while r.level < SETTINGS.levels - 1 and r.spent >= SETTINGS.quantum_of(r.level):
             r.spent -= SETTINGS.quantum_of(r.level)
             r.level += 1
@@ -186,11 +261,15 @@ class Reference:
         return "="
 
     def promote(self) -> int:
+        near = [r for r in self.waiting() if not r.urgent and r.urgent_at <= self.now]
+        for r in near:
+            r.urgent = True
         old = self.now - int(SETTINGS.promote_after * SECOND)
-        lifted = [r for r in self.waiting() if r.level > 0 and r.queued_at <= old]
-        for r in lifted:
+        starved = [r for r in self.waiting() if r.level > 0 and r.queued_at <= old]
+        for r in starved:
             r.level, r.spent = 0, 0.0
-        return len(lifted)
+            r.urgent = r.urgent or r.urgent_at <= self.now
+        return len(near) + len(starved)
 
     def reap(self, gateway: str) -> tuple[set[str], set[tuple[str, str]], set[str]]:
         """Expired workers, this gateway's news, its requests past their deadline."""

@@ -45,8 +45,11 @@ RULES: list[tuple[int, str, dict[str, Sequence[Any]]]] = [
             "prompt": [1, 60, 60, 90, 91, 300, 390, 391, 700, 1700],
             "cached": [0, 0, 1, 59],
             "priority": [0, 0, 0, -1, 2],
-            "ttl": [None, None, 3.0],
+            "ttl": [None, None, 3.0, 9.0],
             "reuse": [True, False, False, False],
+            "handicap": [0.0, 0.0, 0.003, 5.0],
+            "cost": [0.1, 0.1, 0.3, 2.0],
+            "predicted": [None, None, 0, 3],
         },
     ),
     (
@@ -184,14 +187,21 @@ class History:
         priority: int,
         ttl: float | None,
         reuse: bool,
+        handicap: float,
+        cost: float,
+        predicted: int | None,
     ) -> None:
         model = self.model
         count = len(model.requests)
         id = f"r{count - 1 if reuse and count else count}"
         cached = min(cached, prompt - 1)
-        submission = Submission(id, tenant, prompt, 100, cached, priority, ttl)
+        submission = Submission(
+            id, tenant, prompt, 100, cached, priority, ttl, handicap, cost, predicted
+        )
         deadline = None if ttl is None else model.now + int(ttl * SECOND)
         new = Entry(id, gateway, tenant, priority, prompt, cached, deadline, model.now, 0)
+        new.due = model.now + int(handicap * SECOND)
+        new.cost, new.predicted = int(cost * SECOND), predicted
         call = self.gateways[gateway].submit(submission)
         if id in model.requests and model.requests[id].live:
             with pytest.raises(AlreadyExists):
@@ -224,9 +234,7 @@ class History:
         state = "P" if record.role is Role.PREFILL else "D"
         for claimed, r in zip(got, expected, strict=True):
             self.note_fence(r.id, claimed.claim.fence)
-            self.model.give(
-                r, worker, record.epoch, claimed.claim.fence, state=state, tokens=r.need
-            )
+            self.model.claim(r, worker, record.epoch, claimed.claim.fence, state)
         return expected
 
     def handoff(self, n: int, back: int, worker_back: int) -> None:
@@ -369,6 +377,12 @@ class History:
             assert float(stored["spent"]) == r.spent
             assert int(stored["generated"]) == r.generated
             assert int(stored["faults"]) == r.faults
+            assert (stored["urgent"] == "1") == r.urgent
+
+    def lanes_agree(self) -> None:
+        for (priority, tenant), tag in self.model.tags.items():
+            lane = keys.key(self.pool, "lane", f"{priority}/{tenant}")
+            assert int(self.runner.run(self.raw.hget(lane, "tag")) or 0) == tag
 
     def depth_agrees(self) -> None:
         if not self.model.gateways:
@@ -407,7 +421,7 @@ class History:
         async for name in self.raw.scan_iter(f"{keys.prefix(self.pool)}*"):
             if await self.raw.ttl(name) < 0:
                 left.append(name.removeprefix(keys.prefix(self.pool)))
-        assert set(left) <= {"config", "fence", "counts", "gateways"}
+        assert set(left) <= {"config", "fence", "counts", "gateways", "virtual"}
         assert set(await self.raw.hvals(keys.key(self.pool, "counts"))) <= {"0"}
 
     async def close(self) -> None:
@@ -433,6 +447,7 @@ def test_any_history_agrees_with_the_model(url: str, seed: int):
         for _ in range(STEPS):
             history.step()
             history.records_agree()
+            history.lanes_agree()
             history.depth_agrees()
             history.workers_never_hold_more_than_they_can_take()
     finally:
