@@ -14,7 +14,8 @@ class BlockAllocator:
 
     A list of blocks that `allocate` or `share` was called for is owned by the caller, who gives it
     back through `release` exactly once. Between `begin_pass` and `end_pass` released blocks are
-    not handed out again: the pass may still be writing to them.
+    not handed out again: the pass may still be writing to them. Blocks on `offer` may be allocated
+    to a second holder, who writes to them when the first one has read them; until `begin_pass`.
     """
 
     def __init__(self, total: int) -> None:
@@ -22,6 +23,8 @@ class BlockAllocator:
         self._free = list(range(total - 1, -1, -1))  # a stack, lowest number on top
         self._settling: list[int] = []  # released during the pass
         self._in_pass = False
+        self._offered: list[int] = []
+        self.offers_taken = 0  # since the last pass began
 
     @property
     def total(self) -> int:
@@ -30,17 +33,34 @@ class BlockAllocator:
 
     @property
     def free(self) -> int:
-        """Blocks that can be allocated now."""
-        return len(self._free)
+        """Blocks that can be allocated now, those on offer included."""
+        return len(self._free) + len(self._offered)
+
+    @property
+    def settling(self) -> int:
+        """Blocks that are free when the pass ends."""
+        return len(self._settling)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks. Callers look at `free` first: being short is a RuntimeError."""
-        if count > len(self._free):
-            raise RuntimeError(f"{count} blocks wanted, {len(self._free)} free")
-        blocks = [self._free.pop() for _ in range(count)]
+        if count > self.free:
+            raise RuntimeError(f"{count} blocks wanted, {self.free} free")
+        blocks: list[int] = []
+        while self._offered and len(blocks) < count:
+            blocks.append(self._offered.pop())
+            self.offers_taken += 1
+        blocks += [self._free.pop() for _ in range(count - len(blocks))]
         for block in blocks:
-            self._holders[block] = 1
+            self._holders[block] += 1
         return blocks
+
+    def offer(self, blocks: Iterable[int]) -> None:
+        """Let those of `blocks` that have one holder be allocated to another beside it."""
+        self._offered += self.sole(blocks)
+
+    def sole(self, blocks: Iterable[int]) -> list[int]:
+        """Those of `blocks` that have one holder: free when it releases them."""
+        return [block for block in blocks if self._holders[block] == 1]
 
     def share(self, blocks: Sequence[int]) -> list[int]:
         """Become one more holder of blocks that somebody holds."""
@@ -60,8 +80,10 @@ class BlockAllocator:
                 (self._settling if self._in_pass else self._free).append(block)
 
     def begin_pass(self) -> None:
-        """From now on released blocks are kept back."""
+        """From now on released blocks are kept back, and offers have lapsed."""
         self._in_pass = True
+        self._offered.clear()
+        self.offers_taken = 0
 
     def end_pass(self) -> None:
         """Nothing writes any more: what was released during the pass is free."""

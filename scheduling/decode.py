@@ -20,36 +20,24 @@ Knows nothing of models, transports or gateways, and reads no clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Logprob, Output, Request
 from scheduling.admission import longest_kv, require_fit
 from scheduling.budget import splitfuse
+from scheduling.choosing import Chooser
 from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
+from scheduling.filling import Door
+from scheduling.group import Group
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+from scheduling.proactive import ProactiveSwaps
 from scheduling.prompt import PromptRecord
-from scheduling.residency import Residency
+from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
-
-
-@dataclass(slots=True)
-class _Group:
-    """The unfinished sequences of one request. `prompt` is kept while it is computed here and
-    until it has been reported."""
-
-    request: Request
-    sequences: list[Sequence]
-    prompt: PromptRecord | None
-
-    @classmethod
-    def of(cls, request: Request, prompt: PromptRecord | None, now: float) -> _Group:
-        """All sequences of `request` but those that an earlier attempt has finished."""
-        indexes = (i for i in range(request.sampling.n) if not request.prior(i).finished)
-        return cls(request, [Sequence.start(request, i, now) for i in indexes], prompt)
 
 
 class DecodeScheduler:
@@ -70,11 +58,15 @@ class DecodeScheduler:
         self._rules = rules or Rules()
         self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
-        self._groups: dict[str, _Group] = {}  # live requests
-        self._kv = Residency(capacity, lambda s: self._groups[s.request.id].sequences)
+        self._groups: dict[str, Group] = {}  # live requests
+        self._kv = Residency(capacity, self._rules, lambda s: self._groups[s.request.id].sequences)
+        self._door = Door(self._rules, capacity.max_sequences)
+        self._chooser = Chooser(capacity, self._rules, policy, self.cost, self._kv, self._door)
+        self._proactive = ProactiveSwaps(capacity, self._rules, policy, self._kv, self._chooser)
         self._plan: StepPlan | None = None  # the pass that runs now
         self._in_pass: frozenset[Sequence] = frozenset()
         self._doomed: list[Sequence] = []  # aborted during the pass that they are in
+        self._waits = self._stalls = 0
 
     # -- Requests come and go --------------------------------------------------------------
 
@@ -87,7 +79,7 @@ class DecodeScheduler:
         self._check(request)
         if len(self._kv.waiting) >= self._max_waiting:
             raise Overloaded("too many requests wait on this worker", subject="decode worker")
-        group = _Group.of(request, PromptRecord(request, now), now)
+        group = Group.of(request, PromptRecord(request, now), now)
         for sequence in group.sequences:
             self._policy.join(sequence, sequence.uncomputed, now)
         if group.sequences:
@@ -105,7 +97,7 @@ class DecodeScheduler:
         self._check(request)
         if request.prior(0).finished:
             raise InvalidRequest.of("prior_outputs", "sequence 0 has ended: nothing to hand over")
-        group = _Group.of(request, None, now)
+        group = Group.of(request, None, now)
         first, *siblings = group.sequences
         if not self._kv.try_reserve(first):
             raise Overloaded("no room for its KV on this worker", subject="KV blocks")
@@ -166,29 +158,51 @@ class DecodeScheduler:
         """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan.
 
         Slots of the batch go by rank, so a better-ranked sequence can displace a running one,
-        which keeps its blocks. The token budget goes to generation first, then by rank.
+        which keeps its blocks unless somebody needs them. The token budget goes to generation
+        first, then by rank.
         """
         if self._plan is not None:
             raise RuntimeError("the last plan was not applied")
-        ranked = [*self._kv.running, *self._kv.waiting]
+        kv = self._kv
+        ranked = [*kv.running, *kv.swapped, *kv.waiting]
         self._policy.promote(ranked, now)
         ranked.sort(key=self._policy.rank)
-        chosen = self._kv.choose(ranked)
-        generating = [s for s in chosen if s.generating][: self._capacity.max_tokens]
-        ready = [s for s in generating if self._kv.grow(s, ranked)]
-        prompts = [s for s in chosen if not s.generating and s.phase is Phase.RUNNING]
-        chunks = splitfuse(ready, prompts, self._capacity.max_tokens)
-        if not chunks:
+        self._door.knock(ranked, kv.moving, now)
+        chosen = self._chooser.choose(ranked, now)
+        if self._chooser.proactive:
+            chosen = self._proactive.begin(ranked, chosen, now)
+        chunks = self._fill(chosen)
+        if not chunks and not kv.swaps.in_flight:
             return None
-        self._begin_pass(StepPlan(chunks), now)
+        outs, ins = kv.swaps.planned()
+        # A pass must wait for its swaps if it uses blocks that they free, or KV that they bring.
+        waits = kv.blocks.offers_taken > 0 or any(
+            chunk.sequence.phase is Phase.RETURNING for chunk in chunks if ins
+        )
+        self._begin_pass(StepPlan(chunks, outs, ins, waits), now)
         return self._plan
+
+    def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
+        """The chunks of the chosen sequences. Only those that will sample a token in this pass may
+        take blocks from others."""
+        generating = [s for s in chosen if s.generating][: self._capacity.max_tokens]
+        if self._rules.batching == "prefill-first" and len(generating) < len(chosen):
+            generating = []
+        ready = [s for s in generating if self._chooser.grow(s)]
+        here = (Phase.RUNNING, Phase.RETURNING)
+        prompts = [s for s in chosen if not s.generating and s.phase in here]
+        return splitfuse(ready, prompts, self._capacity.max_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
         self._end_pass(plan)
-        self.cost.add(StepRecord.of(plan, result.seconds))
+        computing = self.cost.model.of(plan) if plan.swaps_first else 0.0
+        self._kv.swaps.complete(result.swapped, self._kv.swapped_over, now, computing)
+        self._drop_doomed()
+        if plan.chunks and not plan.swaps_first:
+            self.cost.add(StepRecord.of(plan, result.seconds))
         gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
-        live = [each for each in gave if each[0].sequence.phase is Phase.RUNNING]
+        live = [each for each in gave if self._is_live(each[0].sequence)]
         events: list[DecodeEvent] = []
         for chunk, _, logprobs in live:
             chunk.sequence.computed += chunk.length
@@ -202,9 +216,11 @@ class DecodeScheduler:
         return events
 
     def fail(self, plan: StepPlan, now: float) -> list[DecodeEvent]:
-        """The pass broke: every request in it ends, with all its sequences."""
+        """The pass broke: every request in it ends, with all its sequences. Its swaps are under
+        way until a later result names them."""
         self._end_pass(plan)
-        live = [c.sequence for c in plan.chunks if c.sequence.phase is Phase.RUNNING]
+        self._drop_doomed()
+        live = [c.sequence for c in plan.chunks if c.sequence.phase is not Phase.FINISHED]
         failed = dict.fromkeys(sequence.request.id for sequence in live)
         for request_id in failed:
             self.abort(request_id, now)
@@ -214,22 +230,37 @@ class DecodeScheduler:
 
     @property
     def preemptions(self) -> int:
-        """Sequences that gave up their blocks to be recomputed, since the start."""
-        return self._kv.preemptions
+        """Sequences that gave up their blocks, to be recomputed or swapped, since the start."""
+        counters = self._kv.counters
+        return counters.recomputed + counters.swapped_out
+
+    @property
+    def counters(self) -> Counters:
+        """What has happened since the start."""
+        return replace(self._kv.counters, waits=self._waits, stalls=self._stalls)
+
+    @property
+    def opens_at(self) -> float | None:
+        """After `plan` gave None: when it may give a pass without anything new from outside
+        (dynamic filling only)."""
+        return self._door.opens_at
 
     def load(self) -> Load:
-        """How busy this worker is. Sequences whose KV is on its way count as running."""
+        """How busy this worker is. Sequences whose KV is on its way in count as running, those
+        that are swapped out as waiting."""
+        kv = self._kv
+        returning = sum(s.phase is Phase.RETURNING for s in kv.moving)
         return Load(
-            running=len(self._kv.running) + len(self._kv.incoming),
-            waiting=len(self._kv.waiting),
-            free_blocks=self._kv.blocks.free,
-            total_blocks=self._kv.blocks.total,
+            running=len(kv.running) + len(kv.incoming) + returning,
+            waiting=len(kv.waiting) + len(kv.swapped) + len(kv.moving) - returning,
+            free_blocks=kv.blocks.free,
+            total_blocks=kv.blocks.total,
         )
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
         self._kv.check_integrity()
-        placed = {*self._kv.waiting, *self._kv.running, *self._kv.incoming}
+        placed = self._kv.placed()
         grouped = {s for group in self._groups.values() for s in group.sequences}
         ended = {s for s in self._kv.incoming if s.phase is Phase.FINISHED}
         if placed != grouped | ended | set(self._doomed):
@@ -244,7 +275,10 @@ class DecodeScheduler:
 
     def _begin_pass(self, plan: StepPlan, now: float) -> None:
         self._plan = plan
+        self._waits += not plan.chunks
+        self._stalls += plan.swaps_first
         self._in_pass = frozenset(chunk.sequence for chunk in plan.chunks)
+        self._kv.fresh -= self._in_pass
         self._kv.blocks.begin_pass()
         for sequence in self._in_pass:
             prompt = self._groups[sequence.request.id].prompt
@@ -256,6 +290,15 @@ class DecodeScheduler:
             raise RuntimeError("this plan does not run")
         self._plan, self._in_pass = None, frozenset()
         self._kv.blocks.end_pass()
+
+    @staticmethod
+    def _is_live(sequence: Sequence) -> bool:
+        """False for one that was aborted during the pass."""
+        if sequence.phase is Phase.RETURNING:
+            raise RuntimeError(f"sequence {sequence.id} was computed before its KV was back")
+        return sequence.phase is Phase.RUNNING
+
+    def _drop_doomed(self) -> None:
         for sequence in self._doomed:
             self._kv.drop(sequence)
         self._doomed.clear()

@@ -1,56 +1,93 @@
-"""Which sequences of a decode worker hold KV blocks, which wait for some, and who gives way.
+"""Where the sequences of a decode worker are, and the KV blocks that go with each place.
 
-                  arrive
-    INCOMING ──────────────▶ RUNNING ──┐
-        │                     ▲   │    │ drop
-        │ lose          admit │   │ give way
-        └──────────────▶ WAITING ◀┘    ▼
-                                    FINISHED
+                  arrive              swap out              (complete)
+    INCOMING ──────────────▶ RUNNING ─────────▶ LEAVING ─────────────────┐
+        │                     ▲   │  ▲                                   ▼
+        │ lose          admit │   │  └──────── RETURNING ◀─────────── SWAPPED
+        └──────────────▶ WAITING ◀┘  (complete)           swap in
+                               evict
+    and from anywhere, by drop, to FINISHED
 
-KV admission is "paged": a sequence gets blocks for the tokens it has when it is admitted, and one
-more whenever generation crosses into a new block.
-
-Knows nothing of requests' outputs, passes or time.
+Who is let in, brought back and sent away is decided elsewhere (scheduling/choosing.py); here it is
+done, and the books are kept. Knows nothing of requests' outputs or passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from scheduling.blocks import BlockAllocator
-from scheduling.plan import Capacity
+from scheduling.plan import Capacity, Swap
+from scheduling.reservations import Reservations
+from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
+from scheduling.siblings import SharedPrompts, Siblings
+from scheduling.swap import SwapBook
 
-Siblings = Callable[[Sequence], Iterable[Sequence]]
-"""The unfinished sequences of the same request, the sequence itself included."""
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What has happened since the start."""
+
+    recomputed: int = 0  # sequences that lost their KV
+    swapped_out: int = 0  # sequences whose KV was sent to the host
+    swapped_in: int = 0
+    blocks_out: int = 0
+    blocks_in: int = 0
+    mispredictions: int = 0  # sequences that outlived the allotment predicted for them
+    waits: int = 0  # plans that could run nothing because of unfinished swaps
+    stalls: int = 0  # passes that computed only when their swaps were complete
 
 
 class Residency:
-    """The three places where a sequence can be, and the blocks that go with them."""
+    """The places, and the blocks."""
 
-    def __init__(self, capacity: Capacity, siblings: Siblings) -> None:
+    def __init__(self, capacity: Capacity, rules: Rules, siblings: Siblings) -> None:
         self._capacity = capacity
-        self._siblings = siblings
         self.blocks = BlockAllocator(capacity.blocks)
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.reservations = Reservations(capacity, rules.admission)
+        self.swaps = SwapBook(capacity, self.blocks)
+        self.prompts = SharedPrompts(capacity.block_size, siblings)
+        self.waiting: dict[Sequence, None] = {}
+        self.running: dict[Sequence, None] = {}
+        self.swapped: dict[Sequence, None] = {}
+        self.moving: dict[Sequence, None] = {}  # LEAVING or RETURNING
         self.incoming: list[Sequence] = []  # dropped ones too, until their transfer is quiet
+        self.fresh: set[Sequence] = set()  # swapped in, and not in a pass since
         self.head_blocked = False  # the next one to admit found too few free blocks
-        self.preemptions = 0  # since the start
+        self._unreserved = 0  # sequences that run, or will, and have no allotment
+        self._recomputed = self._blocks_out = self._blocks_in = 0
+        self._swapped_out = self._swapped_in = 0
 
-    # -- Moves -----------------------------------------------------------------------------
+    @property
+    def counters(self) -> Counters:
+        """What happened here; nothing is known here of passes."""
+        return Counters(
+            recomputed=self._recomputed,
+            swapped_out=self._swapped_out,
+            swapped_in=self._swapped_in,
+            blocks_out=self._blocks_out,
+            blocks_in=self._blocks_in,
+            mispredictions=self.reservations.mispredictions,
+        )
+
+    # -- New sequences and transfers ---------------------------------------------------------
 
     def wait(self, sequences: Iterable[Sequence]) -> None:
         """New sequences that will have to be admitted."""
-        self.waiting += sequences
+        for sequence in sequences:
+            self.reservations.allot(sequence)
+            self.waiting[sequence] = None
 
     def try_reserve(self, sequence: Sequence) -> bool:
         """Give a new sequence blocks for a transfer to fill. False, and nothing done, if there is
         no room or somebody waits for some."""
-        needed = self._capacity.blocks_for(len(sequence.tokens))
-        if self.head_blocked or not self._has_room(needed):
+        self.reservations.allot(sequence)
+        if self.head_blocked or self.shortage(sequence, self.blocks.free) > 0:
             return False
-        sequence.blocks = self.blocks.allocate(needed)
+        sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
+        self.reservations.enter(sequence)
         sequence.move(Phase.INCOMING)
         self.incoming.append(sequence)
         return True
@@ -59,25 +96,14 @@ class Residency:
         """The transfer has filled the blocks."""
         self.incoming.remove(sequence)
         sequence.computed = len(sequence.tokens)
-        sequence.move(Phase.RUNNING)
-        self.running.append(sequence)
+        self._run(sequence)
 
     def lose(self, sequence: Sequence) -> None:
         """The transfer failed and is quiet."""
         self.incoming.remove(sequence)
         self._free(sequence)
         sequence.move(Phase.WAITING)
-        self.waiting.append(sequence)
-
-    def drop(self, sequence: Sequence) -> None:
-        """The sequence has ended. Its blocks are free, unless a transfer is filling them."""
-        if sequence.phase is Phase.WAITING:
-            self.waiting.remove(sequence)
-            self.head_blocked = False  # until the next choice: it may have been the head
-        elif sequence.phase is Phase.RUNNING:
-            self.running.remove(sequence)
-            self._free(sequence)
-        sequence.move(Phase.FINISHED)
+        self.waiting[sequence] = None
 
     def quiet(self, sequence: Sequence) -> None:
         """No transfer fills the blocks of this dropped sequence any more. Idempotent."""
@@ -85,126 +111,182 @@ class Residency:
             self.incoming.remove(sequence)
             self._free(sequence)
 
-    # -- Choosing --------------------------------------------------------------------------
+    def drop(self, sequence: Sequence) -> None:
+        """The sequence has ended. Its blocks are free, unless a transfer or a swap uses them."""
+        phase = sequence.phase
+        sequence.move(Phase.FINISHED)
+        if phase is Phase.WAITING:
+            del self.waiting[sequence]
+            self.head_blocked = False  # until the next choice: it may have been the head
+        elif phase is Phase.INCOMING:
+            self.reservations.leave(sequence)
+        elif phase is Phase.RUNNING:
+            self._stop(sequence)
+            self._free(sequence)
+        elif phase is Phase.SWAPPED:
+            del self.swapped[sequence]
+            self.swaps.host.release(sequence.host_blocks)
+            sequence.host_blocks = []
+            self.head_blocked = False
+        else:
+            self._abandon_swap(sequence, phase)
 
-    def choose(self, ranked: list[Sequence]) -> list[Sequence]:
-        """The sequences of the next pass, best first. Waiting ones are admitted on the way while
-        the pass has tokens left for them; nobody overtakes one for which there is no room."""
-        chosen: list[Sequence] = []
-        self.head_blocked = False
-        stuck = self._stuck(ranked)
-        generating = sum(s.generating for s in self.running if s is not stuck)
-        left = self._capacity.max_tokens - min(generating, self._capacity.max_sequences)
-        for sequence in ranked:
-            if len(chosen) == self._capacity.max_sequences:
-                break
-            if sequence.generating:
-                if sequence is not stuck:
-                    chosen.append(sequence)
-            elif left > 0 and (sequence.phase is Phase.RUNNING or self._admit_next(sequence)):
-                chosen.append(sequence)
-                left -= sequence.uncomputed
-        return chosen
+    def _abandon_swap(self, sequence: Sequence, phase: Phase) -> None:
+        """The swap keeps its blocks; what else the sequence holds is free."""
+        del self.moving[sequence]
+        if phase is Phase.RETURNING:
+            self._unreserved -= not sequence.allotment
+            self.blocks.release(sequence.blocks[len(sequence.host_blocks) :])
+        self.fresh.discard(sequence)
+        self.reservations.leave(sequence)
+        sequence.blocks, sequence.host_blocks, sequence.computed = [], [], 0
 
-    def grow(self, sequence: Sequence, ranked: list[Sequence]) -> bool:
-        """Give a generating sequence the block for its newest token, taking it from the
-        worst-ranked running one if need be. False if only better ones are left: they go first."""
-        if sequence.phase is not Phase.RUNNING:
-            return False  # it gave way a moment ago
-        if not self._lacks_block(sequence):
-            return True
-        while not self.blocks.free:
-            victim = next(s for s in reversed(ranked) if s.phase is Phase.RUNNING)
-            if victim is sequence:
-                return False
-            self._give_way(victim)
-        sequence.blocks += self.blocks.allocate(1)
+    # -- Into the device and out of it -------------------------------------------------------
+
+    def shortage(self, sequence: Sequence, free: int) -> int:
+        """How many blocks more than `free` there must be to let it in, or back; 0 or less if it
+        fits. One block for each that runs unreserved is left over, so that what comes in is not
+        thrown out again as soon as the others grow."""
+        shared = len(self.prompts.blocks(sequence)) if sequence in self.waiting else 0
+        needed = self._capacity.blocks_for(len(sequence.tokens)) - shared
+        return self.reservations.shortage(sequence, needed, shared, free - self._unreserved)
+
+    def gain(self, sequence: Sequence) -> int:
+        """By how many blocks a shortage is less when this running sequence gives way."""
+        sole = len(self.blocks.sole(sequence.blocks))
+        return sole + self.reservations.held_for(sequence) + (not sequence.allotment)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
+        of the prompt are shared with a sibling that has computed them."""
+        if self.shortage(sequence, self.blocks.free) > 0:
+            return False
+        shared = self.prompts.blocks(sequence)
+        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
+        sequence.blocks = self.blocks.share(shared) + self.blocks.allocate(needed)
+        sequence.computed = len(shared) * self._capacity.block_size
+        del self.waiting[sequence]
+        self.reservations.enter(sequence)
+        self._run(sequence)
         return True
 
     def admit_siblings(self, sequence: Sequence) -> None:
         """`sequence` has just got its prompt: let in those that wait for it, before it may end."""
-        for sibling in self._siblings(sequence):
-            if sibling.phase is Phase.WAITING and (self.head_blocked or not self._admit(sibling)):
+        if sequence.request.sampling.n == 1:
+            return
+        for sibling in self.prompts.of(sequence):
+            if sibling.phase is Phase.WAITING and (self.head_blocked or not self.admit(sibling)):
                 return
 
-    def _lacks_block(self, sequence: Sequence) -> bool:
-        return self._capacity.blocks_for(len(sequence.tokens)) > len(sequence.blocks)
+    def evict(self, sequence: Sequence) -> None:
+        """Take all its blocks from a running sequence: it waits to be recomputed. Its tokens are
+        kept."""
+        self._stop(sequence)
+        self._free(sequence)
+        self.reservations.resubmit(sequence)
+        sequence.preemptions += 1
+        self._recomputed += 1
+        sequence.move(Phase.WAITING)
+        self.waiting[sequence] = None
 
-    def _stuck(self, ranked: list[Sequence]) -> Sequence | None:
-        """The worst-ranked running sequence, if it lacks a block while none is free. It has nobody
-        to take one from, so its slot and its token go to others."""
-        if self.blocks.free or not self.running:
-            return None
-        worst = next(s for s in reversed(ranked) if s.phase is Phase.RUNNING)
-        return worst if self._lacks_block(worst) else None
+    def swap_out(self, sequence: Sequence, now: float) -> None:
+        """Begin to copy the KV of a running sequence to the host, which must have room."""
+        self._stop(sequence)
+        self.reservations.leave(sequence)
+        self.reservations.resubmit(sequence)
+        sequence.preemptions += 1
+        self._swapped_out += 1
+        sequence.move(Phase.LEAVING)
+        self.moving[sequence] = None
+        self.swaps.out(sequence, now)
+        self._blocks_out += len(sequence.host_blocks)
 
-    def _admit_next(self, sequence: Sequence) -> bool:
-        if self.head_blocked or self._must_wait_for_sibling(sequence):
+    def swap_in(self, sequence: Sequence, now: float) -> bool:
+        """Begin to copy the KV of a swapped sequence back, into blocks for all its tokens, if there
+        is room."""
+        if self.shortage(sequence, self.blocks.free) > 0:
             return False
-        self.head_blocked = not self._admit(sequence)
-        return not self.head_blocked
-
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
-        of the prompt are shared with a sibling that has computed them."""
-        shared = self._prompt_of_sibling(sequence)
-        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
-        if not self._has_room(needed):
-            return False
-        sequence.blocks = self.blocks.share(shared) + self.blocks.allocate(needed)
-        sequence.computed = len(shared) * self._capacity.block_size
-        self.waiting.remove(sequence)
-        sequence.move(Phase.RUNNING)
-        self.running.append(sequence)
+        sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
+        del self.swapped[sequence]
+        self.reservations.enter(sequence)
+        self._unreserved += not sequence.allotment
+        self._swapped_in += 1
+        self._blocks_in += len(sequence.host_blocks)
+        sequence.move(Phase.RETURNING)
+        self.moving[sequence] = None
+        self.fresh.add(sequence)
+        self.swaps.back(sequence, now)
         return True
 
-    def _has_room(self, needed: int) -> bool:
-        """One free block per running sequence is left over, so that what comes in is not thrown
-        out again as soon as the others grow."""
-        return self.blocks.free >= needed + len(self.running)
+    def swapped_over(self, swap: Swap) -> None:
+        """The swap of a sequence that has not ended is complete."""
+        sequence = swap.sequence
+        del self.moving[sequence]
+        if sequence.phase is Phase.LEAVING:
+            sequence.blocks = []
+            sequence.move(Phase.SWAPPED)
+            self.swapped[sequence] = None
+        else:
+            sequence.host_blocks = []
+            self._unreserved -= not sequence.allotment
+            self._run(sequence)
 
-    def _give_way(self, sequence: Sequence) -> None:
-        """Lose all blocks and wait to be recomputed; the tokens are kept."""
-        self._free(sequence)
-        self.running.remove(sequence)
-        sequence.preemptions += 1
-        self.preemptions += 1
-        sequence.move(Phase.WAITING)
-        self.waiting.append(sequence)
+    def grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence a block for its newest token, if it lacks one. False if no block
+        is free, or others count on those that are. The supervisor looks at its allotment."""
+        if self.lacks_block(sequence):
+            if self.reservations.free_for(sequence, self.blocks.free) < 1:
+                return False
+            sequence.blocks += self.blocks.allocate(1)
+            self.reservations.note(sequence)
+        if self.reservations.outgrown(sequence):
+            room = self.reservations.room(self.blocks.free)
+            self.reservations.enlarge(sequence, max(0, room))
+        return True
+
+    def lacks_block(self, sequence: Sequence) -> bool:
+        """Whether its blocks are full: it has none for the newest token."""
+        return len(sequence.tokens) > len(sequence.blocks) * self._capacity.block_size
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.move(Phase.RUNNING)
+        self.running[sequence] = None
+        self._unreserved += not sequence.allotment
+
+    def _stop(self, sequence: Sequence) -> None:
+        del self.running[sequence]
+        self.fresh.discard(sequence)
+        self._unreserved -= not sequence.allotment
 
     def _free(self, sequence: Sequence) -> None:
+        self.reservations.leave(sequence)
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
 
-    # -- Siblings (n > 1) share the full blocks of their prompt -----------------------------
-
-    def _shareable(self, sequence: Sequence) -> int:
-        """How many blocks hold nothing but prompt, its last token excepted: each sequence
-        computes at least that one itself, as its first token is sampled there."""
-        return (sequence.prompt_length - 1) // self._capacity.block_size
-
-    def _prompt_of_sibling(self, sequence: Sequence) -> list[int]:
-        count = self._shareable(sequence)
-        for sibling in self._siblings(sequence):
-            done = sibling.computed >= count * self._capacity.block_size
-            if sibling.phase is Phase.RUNNING and done:
-                return sibling.blocks[:count]
-        return []
-
-    def _must_wait_for_sibling(self, sequence: Sequence) -> bool:
-        """True while a sibling is on its way to a prompt that can be shared."""
-        tokens = self._shareable(sequence) * self._capacity.block_size
-        return any(
-            s.phase is Phase.INCOMING or (s.phase is Phase.RUNNING and s.computed < tokens)
-            for s in self._siblings(sequence)
-        )
-
     # -- Checks ----------------------------------------------------------------------------
+
+    def placed(self) -> set[Sequence]:
+        """Every sequence that is here, with the dropped ones whose transfer is not quiet."""
+        return {*self.waiting, *self.running, *self.swapped, *self.moving, *self.incoming}
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
-        self.blocks.check_integrity(s.blocks for s in (*self.running, *self.incoming))
+        returning = [s for s in self.moving if s.phase is Phase.RETURNING]
+        own = [s.blocks for s in (*self.running, *self.incoming)]
+        own += [s.blocks[len(s.host_blocks) :] for s in returning]
+        self.blocks.check_integrity([*own, *self.swaps.device_blocks()])
+        self.swaps.check_integrity(self.swapped)
+        live = [s for s in self.incoming if s.phase is Phase.INCOMING]
+        free = self.blocks.free + self.blocks.settling + self.swaps.coming_free()
+        self.reservations.check_integrity([*self.running, *live, *returning], free)
+        if self.swaps.sequences() != set(self.moving):
+            raise RuntimeError("a sequence without its swap, or the other way round")
+        if self._unreserved != sum(not s.allotment for s in (*self.running, *returning)):
+            raise RuntimeError("sequences without reservation miscounted")
+        self._check_places()
+
+    def _check_places(self) -> None:
         for sequence in self.running:
             held, tokens = len(sequence.blocks), len(sequence.tokens)
             # A generating sequence may still lack the block for its newest token.
@@ -215,6 +297,10 @@ class Residency:
         for sequence in self.waiting:
             if sequence.phase is not Phase.WAITING or sequence.blocks or sequence.computed:
                 raise RuntimeError(f"sequence {sequence.id} waits with something in hand")
+        for sequence in self.swapped:
+            held = len(sequence.host_blocks)
+            if sequence.blocks or held != self._capacity.blocks_for(sequence.computed):
+                raise RuntimeError(f"sequence {sequence.id} is not where its KV is")
         for sequence in self.incoming:
             if sequence.phase not in (Phase.INCOMING, Phase.FINISHED):
                 raise RuntimeError(f"sequence {sequence.id} expects no KV")

@@ -13,7 +13,8 @@ class Rules:
     """One value each, so that one can be swapped for another on the same engine.
 
     `admission`: the KV that must be free before a sequence is let in. "paged": for the tokens it
-    has; "reserve-predicted": for its allotment (S3); "reserve-max": for its longest output (Orca).
+    has; "reserve-max": for its longest output (Orca); "reserve-sum": for its allotment (S3);
+    "reserve-predicted": for the peak of all allotments. See scheduling/reservations.py.
 
     `batching`: how prompts and generation share a pass. "splitfuse" (FastGen) or "prefill-first":
     whole prompts in passes of their own, while generation waits.
@@ -29,7 +30,7 @@ class Rules:
     free for bursts (FastServe); "reactive": when needed, and the pass waits for it.
     """
 
-    admission: Literal["paged", "reserve-predicted", "reserve-max"] = "paged"
+    admission: Literal["paged", "reserve-predicted", "reserve-sum", "reserve-max"] = "paged"
     batching: Literal["splitfuse", "prefill-first"] = "splitfuse"
     filling: Literal["continuous", "static", "dynamic"] = "continuous"
     dynamic_wait: float = 0.05

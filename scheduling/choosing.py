@@ -1,0 +1,201 @@
+"""Which sequences make up the next pass, who is let in for it, and who gives way.
+
+Slots go by rank. A waiting or swapped sequence needs blocks; nobody overtakes one for which there
+is no room. Two reasons take blocks from somebody:
+
+- Growth. A generating sequence crosses into a new block and none is free: the worst-ranked running
+  one gives way, by recomputation or by a swap that the pass waits for.
+- Rank, if there is a host pool: worse-ranked running ones are swapped out for the first one without
+  room. Reactive: the pass waits for the swaps. Proactive: it goes on without that one, see
+  scheduling/proactive.py. Their KV is never thrown away for this, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from scheduling.cost import CostTracker
+from scheduling.filling import Door
+from scheduling.order import Policy
+from scheduling.plan import Capacity
+from scheduling.residency import Residency
+from scheduling.rules import Rules
+from scheduling.sequence import Phase, Sequence
+
+
+class Chooser:
+    """Decides; the residency carries it out."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        rules: Rules,
+        policy: Policy,
+        cost: CostTracker,
+        residency: Residency,
+        door: Door,
+    ) -> None:
+        self._capacity = capacity
+        self._rules = rules
+        self._policy = policy
+        self._cost = cost
+        self._kv = residency
+        self._door = door
+        self._swaps = rules.preemption != "recompute" and capacity.host_blocks > 0
+        self._reactive = self._swaps and rules.swapping == "reactive"
+        self._now = 0.0
+        self._ranked: list[Sequence] = []
+        self._residents: list[Sequence] | None = None  # running ones, worst last; made on demand
+        self.head: Sequence | None = None  # the first one for which there is no room
+
+    @property
+    def proactive(self) -> bool:
+        """Whether KV is swapped ahead of need."""
+        return self._swaps and not self._reactive
+
+    def choose(self, ranked: list[Sequence], now: float) -> list[Sequence]:
+        """The sequences of the next pass, best first. `ranked`: those that run, wait or are
+        swapped out, best first. Waiting ones are admitted on the way while the pass has tokens
+        left for them."""
+        self._ranked, self._residents, self._now = ranked, None, now
+        self.head = None
+        self._kv.head_blocked = False
+        stuck = self._stuck()
+        left = self._tokens_for_prompts(stuck)
+        slots = self._capacity.max_sequences
+        chosen: list[Sequence] = []
+        for sequence in ranked:
+            if len(chosen) == slots:
+                break
+            generating = sequence.generating
+            if not generating and left <= 0:
+                continue
+            if sequence.phase is Phase.RUNNING:
+                ready = sequence is not stuck
+            else:
+                ready = self._let_in(sequence)
+            if ready:
+                chosen.append(sequence)
+                if not generating:
+                    left -= sequence.uncomputed
+        self._residents = None
+        return chosen
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give a chosen generating sequence the block for its newest token, taking it from the
+        worst-ranked running one if need be. False if only better ones are left: they go first."""
+        if sequence.phase is not Phase.RUNNING:
+            return sequence.phase is Phase.RETURNING  # with this plan; else it has just given way
+        while not self._kv.grow(sequence):
+            if self._kv.swaps.outs and self._kv.swaps.coming_free():
+                return False  # blocks are on their way
+            victim = self._worst()
+            if victim is None or victim is sequence:
+                return False
+            self._give_way(victim)
+        return True
+
+    # -- Letting in --------------------------------------------------------------------------
+
+    def _let_in(self, sequence: Sequence) -> bool:
+        """Whether a sequence without blocks has got some and can run in this pass."""
+        kv = self._kv
+        if kv.head_blocked:
+            return False
+        if sequence.phase is Phase.SWAPPED:
+            let_in = kv.swap_in(sequence, self._now) or (
+                self._make_room(sequence) and kv.swap_in(sequence, self._now)
+            )
+            ready = let_in and self._reactive
+        elif not self._may_enter(sequence):
+            return False
+        else:
+            let_in = ready = kv.admit(sequence) or (
+                self._make_room(sequence) and kv.admit(sequence)
+            )
+        if not let_in:
+            kv.head_blocked = True
+            self.head = sequence
+        return ready
+
+    def _may_enter(self, sequence: Sequence) -> bool:
+        """False for one that is on its way out, or that waits for something but blocks."""
+        return (
+            sequence.phase is Phase.WAITING
+            and self._door.lets_in(sequence)
+            and not self._kv.prompts.is_coming(sequence)
+        )
+
+    def _tokens_for_prompts(self, stuck: Sequence | None) -> int:
+        """Tokens of the pass that are left when everybody who generates has one."""
+        most = self._capacity.max_tokens
+        if self._rules.batching == "prefill-first":
+            return most
+        generating = sum(s.generating for s in self._kv.running if s is not stuck)
+        return most - min(generating, self._capacity.max_sequences)
+
+    def _stuck(self) -> Sequence | None:
+        """The worst-ranked running sequence, if it lacks a block while none is free for it. It has
+        nobody to take one from, so its slot and its token go to others."""
+        kv = self._kv
+        if not kv.running or kv.reservations.room(kv.blocks.free) > 0:
+            return None
+        worst = self._worst()
+        if worst is None or not kv.lacks_block(worst):
+            return None
+        return worst if kv.reservations.free_for(worst, kv.blocks.free) < 1 else None
+
+    # -- Giving way --------------------------------------------------------------------------
+
+    def _worst(self) -> Sequence | None:
+        """The worst-ranked running sequence."""
+        if self._residents is None:
+            self._residents = [s for s in self._ranked if s.phase is Phase.RUNNING]
+        while self._residents and self._residents[-1].phase is not Phase.RUNNING:
+            self._residents.pop()
+        return self._residents[-1] if self._residents else None
+
+    def _give_way(self, sequence: Sequence) -> None:
+        """Take the blocks of a running sequence, now."""
+        swaps = self._kv.swaps
+        if (
+            self._swaps
+            and swaps.has_room(sequence)
+            and (self._rules.preemption == "swap" or swaps.costs_less(sequence, self._cost.model))
+        ):
+            self._swap_out_first(sequence)
+        else:
+            self._kv.evict(sequence)
+
+    def _swap_out_first(self, sequence: Sequence) -> None:
+        """Swap it out before the pass computes: the pass may use its blocks."""
+        self._kv.swap_out(sequence, self._now)
+        self._kv.blocks.offer(sequence.blocks)
+
+    def _make_room(self, head: Sequence) -> bool:
+        """Reactive: swap out worse-ranked running sequences until there is room for `head`. False,
+        and nothing done, if all of them together would not do."""
+        if not self._reactive:
+            return False
+        victims = self.victims_for(head, self._kv.blocks.free, self._ranked)
+        for victim in victims:
+            self._swap_out_first(victim)
+        return bool(victims)
+
+    def victims_for(self, head: Sequence, free: int, candidates: list[Sequence]) -> list[Sequence]:
+        """Running sequences whose blocks and `free` others are room for `head`, from the end of
+        `candidates`; none if there are not enough. Only such as are ranked worse, have run since
+        they came back, and have room in the host pool."""
+        kv, rank = self._kv, self._policy.rank(head)
+        host = kv.swaps.host.free
+        shortage = kv.shortage(head, free)
+        victims: list[Sequence] = []
+        for sequence in reversed(candidates):
+            if shortage <= 0:
+                break
+            if sequence.phase is not Phase.RUNNING or sequence in kv.fresh:
+                continue
+            needed = self._capacity.blocks_for(sequence.computed)
+            if 0 < needed <= host and self._policy.rank(sequence) > rank:
+                host -= needed
+                shortage -= kv.gain(sequence)
+                victims.append(sequence)
+        return victims if shortage <= 0 else []
