@@ -73,6 +73,46 @@ def line(axes: Axes, xs: Sequence[float], records: Sequence[Record], label: str)
     axes.fill_between(xs, low, high, color=shade, alpha=0.18, lw=0)
 
 
+def bars(axes: Axes, records: Sequence[Record], *, names: bool) -> None:
+    """A horizontal bar per record, labelled with its value; a line at 1. For ratios."""
+    places = range(len(records))
+    values = [r.value for r in records]
+    errors = [
+        [max(0.0, r.value - r.ci_low) for r in records],
+        [max(0.0, r.ci_high - r.value) for r in records],
+    ]
+    axes.barh(places, values, color=[color(r.policy) for r in records], height=0.68)
+    axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#555555", lw=1, capsize=2)
+    for place, record in zip(places, records, strict=True):
+        axes.annotate(
+            f"{record.value:.2f}",
+            (max(record.ci_high, record.value), place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.axvline(1.0, color="#555555", lw=0.8, ls=":")
+    axes.set_yticks(places, [r.policy for r in records] if names else [""] * len(records))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.14)
+    axes.set_xlim(left=0)
+
+
+def legend_below(made: Figure, axes: Axes) -> None:
+    """One legend for all panels, taken from one of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    made.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncol=min(len(labels), 4),
+        frameon=False,
+    )
+
+
 def save(made: Figure, path: Path) -> Path:
     """Write the PNG and free the figure."""
     import matplotlib.pyplot as plt

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from engine.executor import Executor
 from engine.model.load import load_executor
@@ -171,6 +172,7 @@ def _save_llama(path: Path, layers: int, hidden: int, context: int) -> None:
         bos_token_id=PLAIN,
         eos_token_id=EOS,
     )
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(path)
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))

@@ -227,6 +227,33 @@ def bench_engine(arguments: tuple[str, ...]) -> None:
     sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
 
 
+@bench.command("policies")
+@click.option("--only", help="comma-separated names, such as B1,B5; all of them if not given")
+@click.option(
+    "--engine",
+    type=click.Choice(["real", "simulator", "both"]),
+    default="both",
+    show_default=True,
+    help="real: torch runs a small random model here; simulator: a cost model of an A100 or H200",
+)
+@click.option(
+    "--seeds", type=click.IntRange(0, 100), default=0, help="runs per point; 4, or 2 if quick"
+)
+@click.option("--quick", is_flag=True, help="small sizes: minutes, but wide intervals")
+@click.option("--plots/--no-plots", default=True, show_default=True, help="draw PNG files")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="folder for results.json and the plots",
+)
+def bench_policies(**options: Any) -> None:
+    """Measure scheduling policies against each other: the experiments of docs/experiments.md."""
+    from experiments.command import Options, run
+
+    run(Options(**options))
+
+
 @baton.command()
 @click.option("--address", default="127.0.0.1:50051", show_default=True, help="host:port to ask")
 @click.option("--service", default="", help="full name of a gRPC service; the process if empty")

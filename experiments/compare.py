@@ -1,0 +1,90 @@
+"""Orders against each other on the same jobs: trials, their metrics, and the records of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.benches import Bench, rotated, saturation
+from experiments.engines import Setup
+from experiments.experiment import Run
+from experiments.orders import FCFS, ORACLE, Order
+from experiments.records import Record
+from experiments.stats import interval, ratio
+from scheduling.simulator.outcome import Outcome
+from scheduling.simulator.traffic import Lengths, make_jobs, poisson
+
+Metrics = dict[str, float]
+Trials = dict[str, list[Metrics]]
+"""By order, one entry per seed."""
+
+
+def metrics(outcome: Outcome) -> Metrics:
+    """What one run gave, its first tenth of jobs left out of the figures per job."""
+    counted = outcome.after_warmup()
+    ttft = counted.first_token()
+    return {
+        "mean_jct_s": counted.mean_completion(),
+        "p99_jct_s": counted.completion_percentile(99),
+        "s_per_token": counted.mean_normalized(),
+        "mean_ttft_s": float(ttft.mean()),
+        "p99_ttft_s": float(np.percentile(ttft, 99)),
+        "peak_kv_tokens": float(outcome.peak_kv_tokens),
+        "makespan_s": outcome.makespan,
+    }
+
+
+def trials(
+    run: Run, bench: Bench, orders: Sequence[Order], load: float, *, lengths: Lengths | None = None
+) -> Trials:
+    """Each order once per seed at `load` times the saturation rate, all of a seed on the same
+    jobs, and each seed beginning with another order: what disturbs a machine for a while then
+    disturbs different orders. Measured once per run for the same arguments."""
+    drawn = lengths or bench.lengths
+    key = ("trials", drawn, load, tuple(order.label for order in orders))
+    return run.once(key, lambda: _measure(run, bench, orders, load, drawn))
+
+
+def _measure(
+    run: Run, bench: Bench, orders: Sequence[Order], load: float, lengths: Lengths
+) -> Trials:
+    run.progress.expect(len(orders) * len(run.seeds))
+    found: Trials = {order.label: [] for order in orders}
+    for number, seed in enumerate(run.seeds):
+        rate = load * saturation(run, bench, lengths, seed)
+        jobs = make_jobs(lengths, poisson(rate), bench.count, seed=seed)
+        for order in rotated(orders, number):
+            outcome = bench.engine.serve(order.feed(jobs, seed), Setup(order.policy(bench)))
+            found[order.label].append(metrics(outcome))
+            run.progress.done(f"{lengths.name}, load {load:g}, seed {seed}: {order.label}")
+    return found
+
+
+def records(
+    experiment: str,
+    run: Run,
+    found: Trials,
+    *,
+    load: float | None = None,
+    axis: str = "",
+    at: float | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Record]:
+    """A record per order and metric, and per metric one of its ratio to first come first served
+    (`mean_jct_s_vs_fcfs`) and to the oracle (`..._vs_oracle`), where those ran. Only the metrics
+    in `names`, if given."""
+    made = []
+    for label, each in found.items():
+        for name in names or each[0]:
+            values = [m[name] for m in each]
+            estimates = {name: interval(values)}
+            for reference, suffix in ((FCFS, "vs_fcfs"), (ORACLE, "vs_oracle")):
+                if reference in found:
+                    below = [m[name] for m in found[reference]]
+                    estimates[f"{name}_{suffix}"] = ratio(values, below)
+            made += [
+                Record.of(experiment, run.engine, label, metric, value, load=load, axis=axis, at=at)
+                for metric, value in estimates.items()
+            ]
+    return made
