@@ -24,8 +24,12 @@ from queueing.redis_queue import RedisGatewayQueue, RedisWorkerQueue
 from queueing.settings import QueueSettings
 
 CALLS = 300
+TENANTS = 50
 MANY = QueueSettings(
-    max_queued_requests=10**6, max_queued_tokens=10**9, max_requests_per_tenant=10**6
+    max_queued_requests=10**6,
+    max_queued_tokens=10**9,
+    max_requests_per_tenant=10**6,
+    gateway_ttl=600.0,  # nobody gives signs of life here
 )
 
 
@@ -51,14 +55,14 @@ async def run(url: str, queued: int) -> None:
     pool = f"bench-{queued}"
     gateway = RedisGatewayQueue(url, pool, "g", MANY)
     registration = Registration("d", Role.DECODE, "d:1", "l", "m", 10**9, 1000, 4096)
-    worker = RedisWorkerQueue(url, pool, registration)
+    worker = RedisWorkerQueue(url, pool, registration, worker_ttl=600.0)
     raw = Redis.from_url(url)
     await gateway.heartbeat()
     await worker.register()
     [target] = await gateway.workers()
 
     def submit(i: int) -> Awaitable[int]:
-        return gateway.submit(Submission(f"r{i:07}", "t", 10 + i % 2000, 256))
+        return gateway.submit(Submission(f"r{i:07}", f"t{i % TENANTS}", 10 + i % 2000, 256))
 
     for start in range(0, queued, 16):
         await asyncio.gather(*(submit(i) for i in range(start, start + 16)))
