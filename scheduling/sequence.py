@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 
 from baton.types import Finish, FinishReason, Request
 
@@ -29,6 +29,19 @@ _MOVES = {
     Phase.RETURNING: {Phase.RUNNING, Phase.FINISHED},
     Phase.FINISHED: set(),
 }
+
+
+class Standing(IntEnum):
+    """Who goes before the others of its priority class, whatever the policy's own order."""
+
+    STARVED = 0  # waited too long; until it has had a quantum
+    URGENT = 1  # would miss its deadline otherwise
+    ORDINARY = 2
+
+
+Rank = tuple[int, int, float, float, str, int]
+"""Lowest first: (-priority class, standing, the policy's own measure, arrival, request id, index).
+Total."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +72,10 @@ class Sequence:
     level: int = 0  # MLFQ level, 0 first
     served: float = 0.0  # seconds of passes charged to it in this level
     waiting_since: float = 0.0  # when it last ran, or arrived
+    standing: Standing = Standing.ORDINARY
+    credit: float = 0.0  # seconds of passes for which it still counts as starved
+    expected: float = 0.0  # output tokens, as predicted
+    rank: Rank | None = None  # its place; None: not known since something changed
 
     @classmethod
     def start(cls, request: Request, index: int, now: float) -> Sequence:
