@@ -63,9 +63,9 @@ class _Run:
     def _idle(self) -> bool:
         """Nothing can run now: go to where something may change. False if nothing is left."""
         wake = self._next_arrival()
-        rules = self._worker.spec.rules
-        if self._worker.jobs and rules.filling == "dynamic":
-            wake = min(wake, self._now + rules.dynamic_wait)
+        opens_at = self._worker.scheduler.opens_at
+        if opens_at is not None:
+            wake = min(wake, opens_at)
         if wake == math.inf:
             if self._worker.jobs:
                 raise RuntimeError(f"{self._worker.jobs} jobs are left and nothing can run")

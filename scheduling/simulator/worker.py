@@ -194,7 +194,15 @@ class SimulatedWorker:
 
     def tally(self) -> Tally:
         """Counters since the start."""
-        return Tally(preemptions=self.scheduler.preemptions, recomputed=self.scheduler.preemptions)
+        counters = self.scheduler.counters
+        return Tally(
+            preemptions=self.scheduler.preemptions,
+            recomputed=counters.recomputed,
+            swapped_out=counters.swapped_out,
+            swapped_in=counters.swapped_in,
+            swapped_blocks=counters.blocks_out + counters.blocks_in,
+            mispredictions=counters.mispredictions,
+        )
 
     def candidate(self, name: str) -> Candidate:
         """What a router sees of it, under this name."""
