@@ -112,6 +112,25 @@ class GatewayConfig(SchedulingConfig):
     prefill_seconds_base: Seconds = Field(
         0.005, description="cost model of the first iteration: fixed part"
     )
+    token_seconds: Seconds = Field(
+        0.005, description="seconds per output token, until the workers have measured it"
+    )
+    routing: Literal["kv-aware", "least-outstanding", "round-robin"] = Field(
+        "kv-aware", description="which of the workers with room gets a request"
+    )
+    decode_ahead: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="sequences sent to a decode worker beyond its batch, as a share of the batch; "
+        "0.25 under fcfs, 1 under policies that preempt",
+    )
+    fairness_slack: Seconds = Field(
+        0.5,
+        description="service that a tenant may have had more than others before its requests "
+        "wait for theirs",
+    )
+    urgent_before: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="slack before its deadline at which a waiting request goes first"
+    )
 
 
 class WorkerConfig(SchedulingConfig):

@@ -73,6 +73,7 @@ class DecodeServer:
             capacity_blocks=capacity.blocks,
             max_context=capacity.longest_sequence,
             dtype=layout.dtype,
+            batch_sequences=capacity.max_sequences,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 

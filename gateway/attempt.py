@@ -101,7 +101,7 @@ class Attempt:
             return
         self._session.move(State.PREFILLING)
         if prefill is not None:
-            with prefill.busy():
+            with prefill.busy(len(self._session.job.request.prompt_ids)):
                 prefilled = await self._prefill(prefill)
             self._take_first(prefilled)
             if self._session.over:
@@ -200,6 +200,10 @@ class Attempt:
             first_token_id=prefilled.first.token_ids[-1],
         )
         self._workers.decode.send(DecodeRequest(activate=activate))
+
+    def expected_left(self, mean: float) -> int:
+        """Output tokens still to come on the decode worker."""
+        return self._session.expected_left(mean)
 
     # What the slot tells.
 

@@ -17,6 +17,7 @@ from gateway.fleet import Fleet
 from gateway.housekeeping import Housekeeping
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import ModelFacts
+from gateway.pace import Pace
 from gateway.session import Session
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
@@ -44,12 +45,14 @@ class Gateway:
         self.facts = facts
         self.tokenizer = tokenizer
         self.metrics = metrics
-        self._dispatcher = Dispatcher(queue, config.max_attempts)
-        self.fleet = Fleet(queue, gateway_id, self._dispatcher.wake)
+        self._pace = Pace(config)
+        self._dispatcher = Dispatcher(queue, config.max_attempts, self._pace, config.routing)
+        self.fleet = Fleet(queue, gateway_id, self._dispatcher.wake, _ahead(config))
         self.sessions = Sessions(
             queue,
             tokenizer,
             facts.name,
+            self._pace,
             on_waiting=self._dispatcher.wake,
             on_done=self._session_done,
         )
@@ -100,6 +103,9 @@ class Gateway:
     def _session_done(self, session: Session) -> None:
         self._dispatcher.stop(session)
         self._ended_tokens += session.generated
+        if session.error is None:
+            for output in session.outputs:
+                self._pace.ended(len(output.token_ids))
         now = time.monotonic()
         self.metrics.session_done(session, now)
         log.info(
@@ -115,8 +121,21 @@ class Gateway:
     async def _watch_depth(self) -> None:
         while True:
             self.output_rate()  # looked at now, so that it is known when somebody asks
+            if self._pace.workers(self.fleet.records):
+                self.queue.measured(self._pace.prefill_base, self._pace.prefill_per_token)
             try:
-                self.metrics.depth(await self.queue.depth())
+                depth = await self.queue.depth()
+                self.metrics.depth(depth)
+                self._pace.waiting = sum(level.requests for level in depth)
             except QueueError as error:
                 log.debug("the queue's depth is not known: %s", error)
             await asyncio.sleep(1.0)
+
+
+def _ahead(config: GatewayConfig) -> float:
+    """Sequences that wait on a decode worker, as a share of its batch. Under fcfs they only hide
+    the time that a hand-off takes. A policy that preempts chooses among what the worker holds:
+    more is better for the order there, and worse for the one between workers."""
+    if config.decode_ahead is not None:
+        return config.decode_ahead
+    return 0.25 if config.policy == "fcfs" else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -26,6 +27,7 @@ from baton.types import Load
 from gateway.outcome import WorkerFailed
 from gateway.rest import Rest
 from queueing.contract import WorkerRecord
+from scheduling.routing import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +51,19 @@ class SlotListener(Protocol):
         """The stream broke: the worker has dropped the slot."""
         ...
 
+    def expected_left(self, mean: float) -> int:
+        """Output tokens still to come, where an output has `mean` if nothing was predicted."""
+        ...
+
 
 class DecodeLink:
     """Slots on a decode worker. Reconnects for as long as `run` runs; a break loses all slots."""
 
     def __init__(
-        self, record: WorkerRecord, gateway_id: str, on_change: Callable[[], None]
+        self, record: WorkerRecord, gateway_id: str, on_change: Callable[[], None], ahead: float
     ) -> None:
-        """`on_change` is called when the worker may have room that it had not before."""
+        """`on_change` is called when the worker may have room that it had not before. It is sent
+        `ahead` times as many sequences as fit its batch in addition to those."""
         self.record = record
         self.load: Load | None = record.load
         self.connected = False
@@ -65,6 +72,7 @@ class DecodeLink:
         self.heard_at = 0.0
         self._gateway_id = gateway_id
         self._on_change = on_change
+        self._ahead = ahead
         self._listeners: dict[int, SlotListener] = {}
         self._reserving: set[int] = set()  # slots the worker has not answered for
         self._numbers = itertools.count(1)
@@ -88,8 +96,30 @@ class DecodeLink:
 
     @property
     def openings(self) -> int:
-        """Requests that may be sent before the worker answers for earlier ones."""
-        return max(0, MAX_RESERVING - len(self._reserving))
+        """Requests that may be sent now: what the worker holds beyond a batch it cannot run, and
+        the queue could still give it to another or put a more urgent one before it."""
+        unanswered = MAX_RESERVING - len(self._reserving)
+        batch = self.record.batch_sequences
+        if batch is None:
+            return max(0, unanswered)
+        most = batch + max(1, math.ceil(batch * self._ahead))
+        return max(0, min(unanswered, most - self.pressure))
+
+    def blocks_for(self, tokens: int) -> int:
+        """KV blocks that so many tokens fill there."""
+        return math.ceil(tokens * self.record.capacity_blocks / self.record.capacity_tokens)
+
+    def candidate(self, mean: float) -> Candidate:
+        """As routers see it. Outputs have `mean` tokens where nothing was predicted."""
+        mine = sum(listener.expected_left(mean) for listener in self._listeners.values())
+        others = max(0, self.pressure - len(self._listeners))
+        return Candidate(
+            id=self.record.id,
+            sequences=self.pressure,
+            free_blocks=self.free_blocks,
+            total_blocks=self.record.capacity_blocks,
+            outstanding_tokens=mine + round(others * mean),
+        )
 
     def accepts(self, now: float) -> bool:
         """It may be given new work."""

@@ -18,9 +18,11 @@ from gateway.attempt import Attempt, Workers
 from gateway.decode_link import DecodeLink
 from gateway.fleet import Fleet, PrefillPeer
 from gateway.outcome import WorkerBusy, WorkerFailed
+from gateway.pace import Pace
 from gateway.session import Session
 from gateway.sessions import Sessions
 from queueing.contract import Claimed, GatewayQueue, WorkerRecord
+from scheduling.routing import make_router
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,14 @@ GIVE_BACK_PAUSE = 0.2
 class Dispatcher:
     """Runs the attempts of this gateway's sessions."""
 
-    def __init__(self, queue: GatewayQueue, max_attempts: int) -> None:
-        """`bind` must follow: sessions and fleet wake the dispatcher, which works on both."""
+    def __init__(self, queue: GatewayQueue, max_attempts: int, pace: Pace, routing: str) -> None:
+        """`bind` must follow: sessions and fleet wake the dispatcher, which works on both.
+
+        Raises ConfigError for an unknown `routing`.
+        """
         self._queue = queue
+        self._pace = pace
+        self._to_prefill, self._to_decode = make_router(routing), make_router(routing)
         self._sessions: Sessions
         self._fleet: Fleet
         self._max_attempts = max_attempts
@@ -87,15 +94,17 @@ class Dispatcher:
             return
         now = time.monotonic()
         links = [link for link in self._fleet.decode.values() if link.accepts(now)]
-        helpers = [peer for peer in self._fleet.prefill.values() if peer.is_usable(now)]
+        peers = {peer.record.id: peer for peer in self._fleet.prefill.values()}
+        helpers = [peer.candidate() for peer in peers.values() if peer.is_usable(now)]
         paired = False
-        for peer in sorted(helpers, key=lambda peer: peer.outstanding):
+        for helper in self._to_prefill.rank(helpers, 1):
+            peer = peers[helper.id]
             matching = [link for link in links if _pair(peer.record, link.record)]
             paired = paired or bool(matching)
             if matching and peer.accepts(now):
                 await self._offer(peer.record, matching, peer)
         if not paired:  # nobody prefills for these: they do it themselves
-            for link in sorted(links, key=lambda link: link.slots):
+            for link in self._ranked(links, 1):
                 await self._offer(link.record, [link], None)
 
     async def _offer(
@@ -107,11 +116,28 @@ class Dispatcher:
                 return
             claimed = await self._queue.claim(worker, limit)
             for one in claimed:
-                link = min(links, key=_burden)
+                link = self._link_for(one, links)
                 await self._begin(one, worker, Workers(decode=link, prefill=peer))
                 await asyncio.sleep(0)  # the attempt opens its slot, which counts for the next
             if len(claimed) < limit:
                 return
+
+    def _ranked(self, links: list[DecodeLink], blocks: int) -> list[DecodeLink]:
+        """Best first."""
+        mean = self._pace.mean_tokens
+        by_id = {link.record.id: link for link in links}
+        candidates = [link.candidate(mean) for link in links]
+        return [by_id[one.id] for one in self._to_decode.rank(candidates, blocks)]
+
+    def _link_for(self, claimed: Claimed, links: list[DecodeLink]) -> DecodeLink:
+        """The decode worker that a claimed request goes to: one that may be sent more, if any."""
+        open_links = [link for link in links if link.openings] or links
+        if len(open_links) == 1:
+            return open_links[0]
+        tokens = 0
+        if (session := self._sessions.get(claimed.request_id)) is not None:
+            tokens = self._pace.kv_tokens(session.job.request)
+        return self._ranked(open_links, max(link.blocks_for(tokens) for link in open_links))[0]
 
     async def _begin(self, claimed: Claimed, worker: WorkerRecord, workers: Workers) -> None:
         session = self._sessions.get(claimed.request_id)
@@ -179,11 +205,6 @@ class Dispatcher:
                     self._sessions.requeued(session, fault=fault)
                 return
         session.fail(Unavailable("the worker failed and the queue cannot be reached"))
-
-
-def _burden(link: DecodeLink) -> tuple[bool, int, int]:
-    """The least burdened decode worker has room, few sequences, many free blocks."""
-    return (not link.openings or not link.free_blocks, link.pressure, -link.free_blocks)
 
 
 def _pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:

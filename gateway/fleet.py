@@ -16,6 +16,7 @@ from baton.internal.v1.worker_pb2_grpc import PrefillServiceStub
 from gateway.decode_link import DecodeLink
 from gateway.rest import Rest
 from queueing.contract import GatewayQueue, Role, WorkerRecord
+from scheduling.routing import Candidate
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class PrefillPeer:
     def __init__(self, record: WorkerRecord) -> None:
         self.record = record
         self.outstanding = 0  # prompts that this gateway has there
+        self.outstanding_tokens = 0  # in them
         self.rest = Rest()
         self.missing_since: float | None = None  # not in the registry
         self._channel: grpc.aio.Channel = rpc.channel(record.address)
@@ -46,13 +48,28 @@ class PrefillPeer:
         return self.is_usable(now) and not self.rest.is_resting(now)
 
     @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Count one prompt."""
+    def busy(self, tokens: int) -> Iterator[None]:
+        """Count one prompt of so many tokens."""
         self.outstanding += 1
+        self.outstanding_tokens += tokens
         try:
             yield
         finally:
             self.outstanding -= 1
+            self.outstanding_tokens -= tokens
+
+    def candidate(self) -> Candidate:
+        """As routers see it."""
+        load = self.record.load
+        blocks = self.record.capacity_blocks
+        return Candidate(
+            id=self.record.id,
+            sequences=max(self.outstanding, load.running + load.waiting if load else 0),
+            queued_tokens=self.outstanding_tokens,
+            free_blocks=load.free_blocks if load else blocks,
+            total_blocks=blocks,
+            outstanding_tokens=0,
+        )
 
     async def close(self) -> None:
         """Close the channel; calls on it end as cancelled."""
@@ -63,13 +80,17 @@ class Fleet:
     """Polls the registry; keeps a channel to each prefill worker, a stream to each decode
     worker. When the registry cannot be reached the last known workers stand."""
 
-    def __init__(self, queue: GatewayQueue, gateway_id: str, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when there may be room that was not there before."""
+    def __init__(
+        self, queue: GatewayQueue, gateway_id: str, on_change: Callable[[], None], ahead: float
+    ) -> None:
+        """`on_change` is called when there may be room that was not there before; `ahead` is
+        DecodeLink's."""
         self.prefill: dict[str, PrefillPeer] = {}
         self.decode: dict[str, DecodeLink] = {}
         self._queue = queue
         self._gateway_id = gateway_id
         self._on_change = on_change
+        self._ahead = ahead
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._records: list[WorkerRecord] = []
 
@@ -147,7 +168,7 @@ class Fleet:
                 known.record = record
             else:
                 log.info("decode worker %s at %s", worker_id, record.address)
-                link = DecodeLink(record, self._gateway_id, self._on_change)
+                link = DecodeLink(record, self._gateway_id, self._on_change, self._ahead)
                 self.decode[worker_id] = link
                 self._streams[worker_id] = asyncio.create_task(link.run(), name=worker_id)
 

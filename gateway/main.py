@@ -120,10 +120,13 @@ async def run(config: GatewayConfig) -> None:
 
 def _settings(config: GatewayConfig) -> QueueSettings:
     return QueueSettings(
-        levels=config.mlfq_levels,
+        policy=config.policy,
+        levels=1 if config.policy == "fcfs" else config.mlfq_levels,
         quantum=config.mlfq_quantum,
         ratio=config.mlfq_ratio,
         promote_after=config.mlfq_promote_after,
+        fairness_slack=config.fairness_slack,
+        urgent_before=config.urgent_before,
         prefill_seconds_per_token=config.prefill_seconds_per_token,
         prefill_seconds_base=config.prefill_seconds_base,
         max_queued_requests=config.max_queued_requests,

@@ -38,6 +38,8 @@ class State(Enum):
     DONE = auto()
 
 
+MIN_LEFT_TOKENS = 20  # of an output that outlived its prediction
+
 _MOVES = {
     State.QUEUED: {State.RESERVING, State.DONE},
     State.RESERVING: {State.PREFILLING, State.QUEUED, State.DONE},
@@ -108,6 +110,15 @@ class Session:
     def generated(self) -> int:
         """Output tokens of all sequences."""
         return sum(len(output.token_ids) for output in self.outputs)
+
+    def expected_left(self, mean: float) -> int:
+        """Output tokens still to come, where an output has `mean` if nothing was predicted. One
+        that outlived its prediction is expected to get a quarter longer."""
+        request = self.job.request
+        each = request.estimate.tokens if request.estimate else round(mean)
+        done = [len(output.token_ids) for output in self.outputs if output.ending is None]
+        left = (each - n if n < each else max(MIN_LEFT_TOKENS, n // 4) for n in done)
+        return sum(left)
 
     @property
     def time_to_first_token(self) -> float | None:

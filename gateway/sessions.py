@@ -6,10 +6,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from baton.errors import AlreadyExists, DeadlineExceeded, Overloaded, QueueError, Unavailable
-from baton.types import FinishReason
+from baton.types import FinishReason, Request
 from gateway.job import Job
+from gateway.pace import Pace
 from gateway.session import Session, State
 from gateway.tokenizer import Tokenizer
 from queueing.contract import Claimed, GatewayQueue, Live, Outcome, Submission
@@ -33,6 +35,7 @@ class Sessions:
         queue: GatewayQueue,
         tokenizer: Tokenizer,
         model: str,
+        pace: Pace,
         *,
         on_waiting: Callable[[], None],
         on_done: Callable[[Session], None],
@@ -43,9 +46,11 @@ class Sessions:
         self._queue = queue
         self._tokenizer = tokenizer
         self._model = model
+        self._pace = pace
         self._on_waiting = on_waiting
         self._on_done = on_done
         self._live: dict[str, Session] = {}
+        self._submissions: dict[str, Submission] = {}  # as the queue was told
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting: set[str] = set()  # requests that no worker has
@@ -84,7 +89,9 @@ class Sessions:
         self._timers[request.id] = []
         self._idle.clear()
         try:
-            level = await self._queue.submit(_submission(session))
+            submission = self._pace.submission(job, _time_left(request))
+            self._submissions[request.id] = submission
+            level = await self._queue.submit(submission)
         except (Overloaded, AlreadyExists):
             if not session.over:  # Abort may come before this reply
                 self._forget(request.id)
@@ -135,13 +142,17 @@ class Sessions:
 
     def live(self) -> list[Live]:
         """All of them, as reconcile tells them to a server that lost its data."""
+        now = time.monotonic()
         return [
             Live(
-                submission=_submission(session),
+                submission=replace(
+                    self._submissions[session.id], time_to_live=_time_left(session.job.request)
+                ),
                 level=session.level,
                 generated=session.generated,
                 worker_id=session.worker_id,
                 claim=session.claim,
+                age=now - session.job.request.arrived_at,
             )
             for session in self._live.values()
         ]
@@ -208,6 +219,7 @@ class Sessions:
 
     def _forget(self, request_id: str) -> None:
         del self._live[request_id]
+        self._submissions.pop(request_id, None)
         for timer in self._timers.pop(request_id):
             timer.cancel()
         if not self._live:
@@ -234,17 +246,8 @@ class Sessions:
             self._on_waiting()  # its place on a worker is free now
 
 
-def _submission(session: Session) -> Submission:
-    request = session.job.request
-    left = None if request.deadline is None else max(0.001, request.deadline - time.monotonic())
-    return Submission(
-        request_id=request.id,
-        tenant=session.job.tenant,
-        prompt_tokens=len(request.prompt_ids),
-        max_tokens=request.stopping.max_tokens,
-        priority=request.priority,
-        time_to_live=left,
-    )
+def _time_left(request: Request) -> float | None:
+    return None if request.deadline is None else max(0.001, request.deadline - time.monotonic())
 
 
 def _outcome(session: Session) -> Outcome:

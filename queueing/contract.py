@@ -83,6 +83,7 @@ class WorkerRecord:
     draining: bool
     load: Load | None = None  # last reported
     dtype: str = ""  # number format of weights and KV
+    batch_sequences: int | None = None  # most in one pass; None: it did not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Registration:
     capacity_blocks: int
     max_context: int
     dtype: str = ""
+    batch_sequences: int | None = None
 
 
 class Verdict(Enum):

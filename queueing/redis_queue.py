@@ -242,6 +242,7 @@ class RedisWorkerQueue:
             "capacity_blocks": it.capacity_blocks,
             "max_context": it.max_context,
             "dtype": it.dtype,
+            "batch_sequences": "" if it.batch_sequences is None else it.batch_sequences,
         }
         flat = [part for pair in fields.items() for part in pair]
         self._epoch = int(
@@ -294,6 +295,7 @@ def _worker(id: str, fields: dict[str, str]) -> WorkerRecord:
         draining=fields["draining"] == "1",
         load=Load(**json.loads(fields["load"])) if fields["load"] else None,
         dtype=fields["dtype"],
+        batch_sequences=int(fields["batch_sequences"]) if fields.get("batch_sequences") else None,
     )
 
 

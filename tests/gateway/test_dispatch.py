@@ -6,13 +6,17 @@ import asyncio
 
 import pytest
 
+from baton.config import GatewayConfig
 from baton.types import Claim, Request, Sampling, Stopping
 from gateway.dispatch import Dispatcher
 from gateway.job import Job
+from gateway.pace import Pace
 from gateway.session import State
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
 from queueing.contract import Claimed
+
+PACE = Pace(GatewayConfig())
 
 
 class SlowQueue:
@@ -37,11 +41,12 @@ class SlowQueue:
 async def rig(model_directory):
     """A queue, a dispatcher that is not running, and a request that a worker has."""
     queue = SlowQueue()
-    dispatcher = Dispatcher(queue, max_attempts=4)
+    dispatcher = Dispatcher(queue, 4, PACE, "kv-aware")
     sessions = Sessions(
         queue,
         Tokenizer.load(model_directory),
         "tiny",
+        PACE,
         on_waiting=dispatcher.wake,
         on_done=dispatcher.stop,
     )

@@ -6,13 +6,17 @@ import asyncio
 
 import pytest
 
+from baton.config import GatewayConfig
 from baton.types import Request, Sampling, Stopping
 from gateway.dispatch import Dispatcher
 from gateway.housekeeping import Housekeeping
 from gateway.job import Job
+from gateway.pace import Pace
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
 from queueing.contract import Live, Outcome, Reaped
+
+PACE = Pace(GatewayConfig())
 
 
 class ForgetfulQueue:
@@ -47,10 +51,10 @@ class ForgetfulQueue:
 @pytest.fixture
 async def rig(model_directory):
     queue = ForgetfulQueue()
-    dispatcher = Dispatcher(queue, max_attempts=4)
+    dispatcher = Dispatcher(queue, 4, PACE, "kv-aware")
     tokenizer = Tokenizer.load(model_directory)
     sessions = Sessions(
-        queue, tokenizer, "tiny", on_waiting=dispatcher.wake, on_done=dispatcher.stop
+        queue, tokenizer, "tiny", PACE, on_waiting=dispatcher.wake, on_done=dispatcher.stop
     )
     dispatcher.bind(sessions, None)
     yield queue, sessions, Housekeeping(queue, sessions, dispatcher)

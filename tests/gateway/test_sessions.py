@@ -6,13 +6,17 @@ import asyncio
 
 import pytest
 
+from baton.config import GatewayConfig
 from baton.errors import Overloaded
 from baton.types import Claim, FinishReason, Request, Sampling, Stopping
 from gateway.job import Job
+from gateway.pace import Pace
 from gateway.session import State
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
 from queueing.contract import Claimed
+
+PACE = Pace(GatewayConfig())
 
 
 class SlowQueue:
@@ -39,7 +43,7 @@ async def rig(model_directory):
     queue = SlowQueue()
     tokenizer = Tokenizer.load(model_directory)
     sessions = Sessions(
-        queue, tokenizer, "tiny", on_waiting=lambda: None, on_done=lambda session: None
+        queue, tokenizer, "tiny", PACE, on_waiting=lambda: None, on_done=lambda session: None
     )
     job = Job(Request("r", (5, 6), Sampling(), Stopping(max_tokens=9)), "tenant", 30.0)
     opening = asyncio.create_task(sessions.open(job))
