@@ -25,6 +25,7 @@ lives in one slot and a script may touch any of its keys.
 | live:GATEWAY | zset | a gateway's live requests by deadline |
 | news:GATEWAY | zset | what sweeps did to a gateway's requests, until it has read it |
 | answer:NONCE | string | what a recent call was told, for its retries |
+| lengths:SHAPE | hash | what the length predictors of one shape learnt: version, data, nonce |
 
 Times are microseconds on the server's clock: coarser ones would tie, and ties sort by id.
 """
@@ -47,7 +48,19 @@ SINGLE = (
 )
 """Keys of which a pool has one."""
 
-FAMILIES = ("lanes", "lane", "queue", "ages", "request", "worker", "held", "live", "news", "answer")
+FAMILIES = (
+    "lanes",
+    "lane",
+    "queue",
+    "ages",
+    "request",
+    "worker",
+    "held",
+    "live",
+    "news",
+    "answer",
+    "lengths",
+)
 """Keys of which a pool has one per id."""
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,17 +74,22 @@ class PredictorSettings:
 class Prediction:
     """What was said of a request before it ran, and what is needed to learn from it.
 
-    `probabilities` are those of the buckets, cut at `max_tokens`. `estimate` is None during
-    warm-up.
+    `guess` is made in any case; it is worth telling (`estimate`) once it is `ripe`, after
+    warm-up. `probabilities` are those of the buckets, cut at `max_tokens`.
     """
 
-    estimate: LengthEstimate | None
+    guess: LengthEstimate
+    ripe: bool
     probabilities: Floats = field(repr=False)
     features: Features = field(repr=False)
     max_tokens: int
     mean: float  # what is expected of a request that nothing is known of
     majority: int  # the most frequent bucket
-    allotment: int
+
+    @property
+    def estimate(self) -> LengthEstimate | None:
+        """What schedulers are told; None during warm-up."""
+        return self.guess if self.ripe else None
 
 
 class LengthPredictor:
@@ -113,30 +118,49 @@ class LengthPredictor:
     def predict(self, prompt_ids: Sequence[int], max_tokens: int) -> Prediction:
         """How long an output of this prompt will be, at most `max_tokens`."""
         features = self._hasher.features(prompt_ids, max_tokens)
-        frequencies = self._frequencies()
-        blend = self._weights() @ self._tilted(frequencies, features)
-        lengths = np.minimum(self._mean_lengths(), max_tokens)
+        blend = self._weights() @ self._tilted(self._frequencies(), features)
         recalled = self._recalled(features)
-        expected = float(blend @ lengths)
-        if recalled is not None:
-            trust = self._trust()
-            recalled = min(recalled, max_tokens)
-            expected = trust * recalled + (1 - trust) * expected
-            blend = blend * (1 - trust)
-            blend[self.settings.buckets.of(recalled)] += trust
+        if recalled is None:
+            return self._said(features, max_tokens, blend, self._expected(blend, max_tokens))
+        trust = self._trust()
+        recalled = min(recalled, max_tokens)
+        blend *= 1 - trust
+        expected = trust * recalled + self._expected(blend, max_tokens)
+        blend[self.settings.buckets.of(recalled)] += trust
+        return self._said(features, max_tokens, blend, expected)
+
+    def adopted(self, prediction: Prediction, probabilities: Sequence[float]) -> Prediction:
+        """`prediction` with the probabilities that another classifier gives the same buckets.
+
+        Raises ValueError if they are not probabilities of these buckets.
+        """
+        blend = np.array(probabilities, float)
+        if blend.shape != self._edges.shape or not (blend >= 0).all() or not blend.sum() > 0:
+            raise ValueError("not the probabilities of these buckets")
+        blend /= blend.sum()
+        expected = self._expected(blend, prediction.max_tokens)
+        said = self._said(prediction.features, prediction.max_tokens, blend, expected)
+        return replace(said, ripe=True)
+
+    def _expected(self, probabilities: Floats, max_tokens: int) -> float:
+        return float(probabilities @ np.minimum(self._mean_lengths(), max_tokens))
+
+    def _said(
+        self, features: Features, max_tokens: int, blend: Floats, expected: float
+    ) -> Prediction:
         probabilities = self._cut(blend, max_tokens)
         enough = int(np.searchsorted(probabilities.cumsum(), self.settings.quantile - 1e-12))
-        edge = self.settings.buckets.edges[min(enough, len(probabilities) - 1)]
-        allotment = max_tokens if enough >= len(probabilities) - 1 else min(edge, max_tokens)
-        estimate = LengthEstimate(max(1, round(expected)), allotment)
+        within = enough < len(probabilities) - 1
+        allotment = self.settings.buckets.edges[enough] if within else max_tokens
+        frequencies = self._frequencies()
         return Prediction(
-            estimate=estimate if self.state.seen >= self.settings.warm_up else None,
+            guess=LengthEstimate(max(1, round(expected)), min(allotment, max_tokens)),
+            ripe=self.state.seen >= self.settings.warm_up,
             probabilities=probabilities,
             features=features,
             max_tokens=max_tokens,
-            mean=float(frequencies @ lengths),
+            mean=self._expected(frequencies, max_tokens),
             majority=int(self._cut(frequencies, max_tokens).argmax()),
-            allotment=allotment,
         )
 
     def _frequencies(self) -> Floats:
@@ -211,7 +235,7 @@ class LengthPredictor:
 
     def _judge(self, prediction: Prediction, tokens: int) -> None:
         """Note how good a prediction was, if one was given away."""
-        if prediction.estimate is None:
+        if not prediction.ripe:
             return
         named = int(prediction.probabilities.argmax())
         judged = Judged(
@@ -220,9 +244,9 @@ class LengthPredictor:
             majority=prediction.majority,
             confidence=float(prediction.probabilities[named]),
             tokens=tokens,
-            expected=prediction.estimate.tokens,
+            expected=prediction.guess.tokens,
             mean=prediction.mean,
-            allotment=prediction.estimate.allotment,
+            allotment=prediction.guess.allotment,
         )
         self.state.tallies[self._of_report :] += judged.tally()
 
