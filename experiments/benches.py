@@ -51,13 +51,13 @@ def _simulated(run: Run) -> Bench:
         blocks=1 << 17, block_size=16, max_tokens=2048, max_sequences=16, max_context=2049
     )
     engine = SimulatedEngine(OPT_13B_ON_A100, capacity)
-    return Bench(engine, SHAREGPT, 1.0, run.sized(1500, 300), run.sized(3000, 600))
+    return Bench(engine, SHAREGPT, 1.0, run.sized(1500, 400), run.sized(3000, 600))
 
 
 def _real(run: Run) -> Bench:
     from experiments.real import tiny_llama  # imports torch
 
-    return Bench(tiny_llama(), SCALED_SHAREGPT, 8.0, run.sized(800, 120), run.sized(600, 150))
+    return Bench(tiny_llama(), SCALED_SHAREGPT, 8.0, run.sized(1000, 250), run.sized(2000, 400))
 
 
 _A100_STEP = SimulatedEngine(
@@ -65,18 +65,18 @@ _A100_STEP = SimulatedEngine(
 ).step_seconds
 
 
-def saturation(run: Run, made: Bench, lengths: Lengths, seed: int) -> float:
+def saturation(run: Run, made: Bench, lengths: Lengths) -> float:
     """The steady saturation rate, in jobs per second: completions in the middle 80% of a
-    backlogged first-come-first-served run. A real engine is measured for each seed, as the speed
-    of a machine drifts; a simulated one once."""
-    key = ("saturation", lengths, seed if run.engine == "real" else 0)
+    backlogged first-come-first-served run. Measured once per run and distribution."""
 
     def measure() -> float:
-        jobs = make_jobs(lengths, offline, made.backlog, seed=10_000 + key[2])
+        run.progress.expect(1)
+        jobs = make_jobs(lengths, offline, made.backlog, seed=10_000)
         outcome = made.engine.serve(jobs, Setup(lambda cost: make_policy("fcfs", cost=cost)))
+        run.progress.done(f"{lengths.name}: saturation")
         return outcome.completion_rate()
 
-    return run.once(key, measure)
+    return run.once(("saturation", lengths), measure)
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:

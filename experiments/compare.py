@@ -52,7 +52,7 @@ def _measure(
     run.progress.expect(len(orders) * len(run.seeds))
     found: Trials = {order.label: [] for order in orders}
     for number, seed in enumerate(run.seeds):
-        rate = load * saturation(run, bench, lengths, seed)
+        rate = load * saturation(run, bench, lengths)
         jobs = make_jobs(lengths, poisson(rate), bench.count, seed=seed)
         for order in rotated(orders, number):
             outcome = bench.engine.serve(order.feed(jobs, seed), Setup(order.policy(bench)))

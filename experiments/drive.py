@@ -24,7 +24,13 @@ from scheduling.simulator.traffic import Job, Source
 
 
 class JobExecutor(Protocol):
-    """An executor that is told of the jobs behind the sequences."""
+    """An executor that is told of the jobs behind the sequences. `pace`: what a second of this
+    thread's processor is worth now, on the clock of the run."""
+
+    @property
+    def pace(self) -> float:
+        """See above."""
+        ...
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one pass, as engine.executor.Executor does."""
@@ -148,8 +154,9 @@ class Drive:
         return True
 
     def _charge(self, seconds: float) -> None:
-        self._planning += seconds
-        self._now += seconds
+        worth = seconds * self._executor.pace
+        self._planning += worth
+        self._now += worth
 
     def _count_kv(self, plan: StepPlan) -> None:
         """Tokens whose KV is held, before anything that ended in this pass lets go of it."""

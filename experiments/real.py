@@ -23,6 +23,7 @@ from engine.executor import Executor
 from engine.model.load import load_executor
 from experiments.drive import Drive
 from experiments.engines import Setup
+from experiments.pace import Pace
 from experiments.records import EngineName
 from scheduling.cost import CostTracker, LinearCost, StepRecord
 from scheduling.decode import DecodeScheduler
@@ -35,17 +36,26 @@ VOCABULARY = 4096
 
 
 class ForcedLengths:
-    """An executor whose outputs end at their jobs' true lengths, and whose passes last as long as
-    its thread had a processor: what other processes take of a shared machine does not count."""
+    """An executor whose outputs end at their jobs' true lengths.
 
-    def __init__(self, inner: Executor) -> None:
+    A pass lasts as long as its thread had a processor, at the usual pace of the machine: what
+    other processes do to it does not count. Passes that wait for swaps are timed by the wall.
+    """
+
+    def __init__(self, inner: Executor, pace: Pace) -> None:
         self._inner = inner
+        self._pace = pace
         self._lengths: dict[str, int] = {}
 
     @property
     def capacity(self) -> Capacity:
         """That of the engine inside."""
         return self._inner.capacity
+
+    @property
+    def pace(self) -> float:
+        """What a second of now is worth."""
+        return self._pace.factor
 
     def expect(self, job: Job) -> None:
         """A job is about to be submitted."""
@@ -57,16 +67,19 @@ class ForcedLengths:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """The pass, with `EOS` where an output has its true length and no other place."""
+        swapped = self._pace.tick()
         started = time.thread_time()
         result = self._inner.execute(plan)
-        seconds = time.thread_time() - started
+        seconds = (time.thread_time() - started) * self._pace.factor
+        if plan.swaps_first or not plan.chunks:
+            seconds = result.seconds
         sampled = tuple(
             None
             if token is None
             else Sampled(self._token(chunk.sequence.generated, chunk.sequence.request.id, token))
             for chunk, token in zip(plan.chunks, result.sampled, strict=True)
         )
-        return StepResult(sampled, result.prompt_logprobs, seconds, result.swapped)
+        return StepResult(sampled, result.prompt_logprobs, seconds, swapped + result.swapped)
 
     def _token(self, generated: int, request_id: str, token: Sampled) -> int:
         if generated + 1 >= self._lengths[request_id]:
@@ -84,7 +97,8 @@ class RealEngine:
         """Runs some hundred passes: for `step_seconds`, and for the cost model that policies
         start with."""
         self._executor = executor
-        steps = _passes(executor)
+        self._pace = Pace(executor)
+        steps = _passes(ForcedLengths(executor, self._pace))
         full = max(step.work.sequences for step in steps)
         self._step_seconds = statistics.median(
             step.seconds
@@ -116,7 +130,7 @@ class RealEngine:
     def serve(self, jobs: Iterable[Job] | Source, setup: Setup) -> Outcome:
         """One run."""
         tracker = CostTracker(self._cost)
-        forced = ForcedLengths(self._executor)
+        forced = ForcedLengths(self._executor, self._pace)
         scheduler = DecodeScheduler(
             setup.capacity or self._executor.capacity,
             setup.policy(tracker),
@@ -178,18 +192,17 @@ def _save_llama(path: Path, layers: int, hidden: int, context: int) -> None:
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
 
 
-def _passes(executor: Executor) -> list[StepRecord]:
+def _passes(executor: ForcedLengths) -> list[StepRecord]:
     """The passes of a short backlogged run of mixed prompts, first come first served."""
     steps: list[StepRecord] = []
-    forced = ForcedLengths(executor)
     scheduler = DecodeScheduler(executor.capacity, Fcfs(), max_waiting=1 << 30)
     for number in range(4 * executor.capacity.max_sequences):
         job = Job(f"fit{number}", 0.0, 1 + (number * 37) % 80, 20 + number % 40, 64)
-        forced.expect(job)
+        executor.expect(job)
         scheduler.submit(job.request(), 0.0)
     now = 0.0
     while (plan := scheduler.plan(now)) is not None:
-        result = forced.execute(plan)
+        result = executor.execute(plan)
         now += result.seconds
         steps.append(StepRecord.of(plan, result.seconds))
         scheduler.apply(plan, result, now)
