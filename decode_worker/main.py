@@ -11,9 +11,9 @@ from baton.config import DecodeConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
 from baton.process import unique_id
+from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
-from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
 from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
@@ -58,7 +58,7 @@ class DecodeServer:
             executor,
             _scheduler(config, capacity, cost, self._recorder),
             self._consumer,
-            EngineMetrics("decode", registry),
+            DecodeMetrics(executor.pool.block_bytes, registry),
             reserve_timeout=config.reserve_timeout,
         )
         service = DecodeService(self.worker)

@@ -67,6 +67,7 @@ class Slot:
     open_sequences: set[int] = field(default_factory=set)  # indices that have not finished
     generated: int = 0
     served: float = 0.0  # seconds of passes this request took part in
+    levels: dict[int, int] = field(default_factory=dict)  # MLFQ level last seen, by index
 
     def move(self, state: State) -> None:
         """Change state; a move that is not in the drawing is a bug in the caller."""

@@ -16,10 +16,10 @@ from baton.internal.v1 import worker_pb2
 from baton.process import Background
 from baton.types import KvRef, Load, Output
 from decode_worker.link import Link
+from decode_worker.metrics import DecodeMetrics
 from decode_worker.slot import Activation, Slot, State
 from engine.executor import Executor
 from engine.loop import EngineLoop
-from engine.metrics import EngineMetrics
 from kv_transfer.contract import Consumer, PullReport
 from queueing.contract import Progress, Verdict
 from scheduling.decode import DecodeScheduler
@@ -37,7 +37,7 @@ class DecodeWorker:
         executor: Executor,
         scheduler: DecodeScheduler,
         consumer: Consumer,
-        metrics: EngineMetrics,
+        metrics: DecodeMetrics,
         *,
         reserve_timeout: float,
     ) -> None:
@@ -87,9 +87,11 @@ class DecodeWorker:
             if request.id in self._slots:
                 raise InvalidRequest.of("slot", f"{command.slot} is in use")
             if command.local_prefill:
-                self._scheduler.submit(request, now)
+                sequences = self._scheduler.submit(request, now)
+                slot.levels = {sequence.index: sequence.level for sequence in sequences}
             else:
                 slot.incoming = self._scheduler.reserve(request, now)
+                slot.levels[0] = slot.incoming.level
                 self._arm_expiry(slot)
         except InvalidRequest as error:
             link.failed(command.slot, code_pb2.INVALID_ARGUMENT, str(error))
@@ -179,10 +181,7 @@ class DecodeWorker:
     # The engine's news.
 
     def _on_events(self, plan: StepPlan, events: list[DecodeEvent], seconds: float) -> None:
-        self._metrics.step(plan, seconds)
-        for request_id in {chunk.sequence.request.id for chunk in plan.chunks}:
-            if slot := self._slots.get(request_id):
-                slot.served += seconds
+        self._account(plan, seconds)
         touched = set()
         for event in events:
             if slot := self._slots.get(event.request_id):
@@ -190,8 +189,21 @@ class DecodeWorker:
                 self._tell(slot, event)
         for link in touched:
             link.flush(self.engine.steps)
-        self._metrics.preemptions(self._scheduler.preemptions)
+        self._metrics.residency(self._scheduler.counters)
         self._metrics.load(self.load())
+
+    def _account(self, plan: StepPlan, seconds: float) -> None:
+        """Charge a pass to the requests that were in it, and see where it left them."""
+        self._metrics.step(plan, seconds)
+        for request_id in {chunk.sequence.request.id for chunk in plan.chunks}:
+            if slot := self._slots.get(request_id):
+                slot.served += seconds
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            if slot := self._slots.get(sequence.request.id):
+                before = slot.levels.get(sequence.index, sequence.level)
+                self._metrics.level(before, sequence.level)
+                slot.levels[sequence.index] = sequence.level
 
     def _tell(self, slot: Slot, event: DecodeEvent) -> None:
         match event:
@@ -257,7 +269,8 @@ class DecodeWorker:
 
     def load(self) -> Load:
         """How busy this worker is."""
-        return replace(self._scheduler.load(), draining=self.draining)
+        load = self._scheduler.cost.tell(self._scheduler.load())
+        return replace(load, draining=self.draining)
 
     @property
     def idle(self) -> bool:

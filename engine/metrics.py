@@ -26,26 +26,30 @@ class EngineMetrics:
             own("step_seconds"), "wall time of a pass", buckets=STEP_BUCKETS, registry=registry
         )
         self.sampled = Counter(own("sampled_tokens"), "tokens sampled", registry=registry)
-        self.preempted = Counter(
-            own("preemptions"), "sequences preempted by recompute", registry=registry
-        )
-        self._preempted = 0
         self.running = Gauge(own("sequences_running"), "sequences in the batch", registry=registry)
         self.waiting = Gauge(own("sequences_waiting"), "sequences waiting", registry=registry)
         self.blocks_used = Gauge(own("kv_blocks_used"), "KV blocks in use", registry=registry)
         self.blocks = Gauge(own("kv_blocks"), "KV blocks", registry=registry)
+        self.demotions = Counter(
+            own("mlfq_demotions"), "sequences that sank", ["from", "to"], registry=registry
+        )
+        self.boosts = Counter(own("mlfq_boosts"), "sequences that rose", registry=registry)
 
     def step(self, plan: StepPlan, seconds: float) -> None:
-        """Account one pass."""
+        """Account one pass, if the plan is one."""
+        if not plan.chunks:
+            return
         self.step_tokens.observe(plan.tokens)
         self.step_sequences.observe(len(plan.chunks))
         self.step_seconds.observe(seconds)
         self.sampled.inc(sum(chunk.sample for chunk in plan.chunks))
 
-    def preemptions(self, total: int) -> None:
-        """`total` sequences were preempted since the start."""
-        self.preempted.inc(total - self._preempted)
-        self._preempted = total
+    def level(self, before: int, after: int) -> None:
+        """A sequence was seen in one MLFQ level, and then in another or in the same."""
+        if after > before:
+            self.demotions.labels(str(before), str(after)).inc()
+        elif after < before:
+            self.boosts.inc()
 
     def load(self, load: Load) -> None:
         """Show how busy the worker is."""

@@ -22,6 +22,7 @@ class Job:
     blocks: list[int] = field(default_factory=list)  # under the lease
     freed: asyncio.Event = field(default_factory=asyncio.Event)  # of them
     served: float = 0.0  # seconds of passes it took part in
+    level: int = 0  # MLFQ level last seen
 
     @property
     def prior_tokens(self) -> int:

@@ -62,7 +62,7 @@ class PrefillWorker:
         self._calls += 1
         # Unique here even while an earlier attempt at the same request is still being cleared.
         job = Job(request.id, replace(request, id=f"{request.id}/{self._calls}"), claim)
-        self._scheduler.submit(job.request, time.monotonic())
+        job.level = self._scheduler.submit(job.request, time.monotonic()).level
         self._jobs[job.request.id] = job
         self.engine.wake()
         try:
@@ -84,6 +84,8 @@ class PrefillWorker:
         for chunk in plan.chunks:
             if job := self._jobs.get(chunk.sequence.request.id):
                 job.served += seconds
+                self._metrics.level(job.level, chunk.sequence.level)
+                job.level = chunk.sequence.level
         for event in events:
             match event:
                 case PrefillStarted(sequence):
@@ -157,7 +159,8 @@ class PrefillWorker:
 
     def load(self) -> Load:
         """How busy this worker is."""
-        return replace(self._scheduler.load(), draining=self.draining)
+        load = self._scheduler.cost.tell(self._scheduler.load())
+        return replace(load, draining=self.draining)
 
     @property
     def idle(self) -> bool:

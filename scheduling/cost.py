@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
+from baton.types import Load
 from scheduling.plan import StepPlan
 
 
@@ -117,6 +118,7 @@ class CostTracker:
         self._every = every
         self._recent: deque[StepRecord] = deque(maxlen=window)
         self._since = 0
+        self._prompts = self._generation = False  # what the model was fitted to
 
     def add(self, record: StepRecord) -> None:
         """A pass has run."""
@@ -127,3 +129,16 @@ class CostTracker:
         if self._since >= self._every:
             self._since = 0
             self.model = LinearCost.fit(self._recent)
+            self._prompts = any(step.work.prompt_tokens for step in self._recent)
+            self._generation = any(step.work.sequences for step in self._recent)
+
+    def tell(self, load: Load) -> Load:
+        """`load` with the costs in it, as far as they are measured: an engine that has computed no
+        prompts lately knows nothing of those, one that has generated nothing knows nothing of
+        that."""
+        model = self.model
+        if self._prompts:
+            load = replace(load, prefill_base=model.base, prefill_per_token=model.per_token)
+        if self._generation:
+            load = replace(load, token_seconds=model.base + model.per_sequence)
+        return load

@@ -17,6 +17,7 @@ from baton import wire
 from baton.internal.v1 import worker_pb2
 from baton.types import Claim, FinishReason, KvRef, Request, Sampling, Stopping
 from decode_worker.link import Link
+from decode_worker.metrics import DecodeMetrics
 from decode_worker.slot import Activation
 from decode_worker.worker import DecodeWorker
 from engine.metrics import EngineMetrics
@@ -94,7 +95,7 @@ class Pair:
             decoding,
             self.schedulers[1],
             self.consumer,
-            EngineMetrics("decode", registry),
+            DecodeMetrics(decoding.store.block_bytes, registry),
             reserve_timeout=0.3,
         )
         self.heard: defaultdict[int, Heard] = defaultdict(Heard)

@@ -5,8 +5,8 @@ from dataclasses import astuple
 
 import pytest
 
-from baton.types import Request, Sampling, Stopping
-from scheduling.cost import LinearCost, StepRecord, Work
+from baton.types import Load, Request, Sampling, Stopping
+from scheduling.cost import CostTracker, LinearCost, StepRecord, Work
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
 
@@ -51,3 +51,24 @@ def test_one_step_is_enough_for_a_guess_and_none_is_refused() -> None:
     assert LinearCost.fit([StepRecord(work, 0.5)]).seconds(work) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no steps"):
         LinearCost.fit([])
+
+
+def test_a_tracker_tells_only_what_it_has_measured() -> None:
+    load = Load(running=1, waiting=2, free_blocks=3, total_blocks=4)
+    prompts = [StepRecord(Work(prompt_tokens=n), 0.01 + 0.002 * n) for n in (8, 16, 32, 64)]
+    steps = [StepRecord(Work(sequences=n), 0.01 + 0.001 * n) for n in (1, 2, 4, 8)]
+    tracker = CostTracker(LinearCost(1.0, 1.0), every=4, window=8)
+    assert tracker.tell(load) == load
+    for record in prompts:
+        tracker.add(record)
+    told = tracker.tell(load)
+    assert (told.prefill_base, told.prefill_per_token) == pytest.approx((0.01, 0.002))
+    assert (told.token_seconds, told.running) == (0.0, 1)
+    for record in steps:
+        tracker.add(record)
+    assert tracker.tell(load).token_seconds == pytest.approx(0.011)
+    for record in steps * 2:
+        tracker.add(record)
+    told = tracker.tell(load)  # the prompts are forgotten
+    assert (told.prefill_base, told.prefill_per_token) == (0.0, 0.0)
+    assert told.token_seconds == pytest.approx(0.011)

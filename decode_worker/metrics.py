@@ -1,0 +1,52 @@
+"""Prometheus metrics of a decode worker, beside those of its engine."""
+
+from __future__ import annotations
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
+
+from engine.metrics import EngineMetrics
+from scheduling.residency import Counters
+
+
+class DecodeMetrics(EngineMetrics):
+    """What becomes of KV: who gives way, what is swapped, who outlives its prediction."""
+
+    def __init__(self, block_bytes: int, registry: CollectorRegistry = REGISTRY) -> None:
+        """`block_bytes`: of one KV block."""
+        super().__init__("decode", registry)
+        self._block_bytes = block_bytes
+        self._last = Counters()
+        self._preemptions = Counter(
+            "baton_decode_preemptions",
+            "sequences that gave up their KV blocks",
+            ["kind"],
+            registry=registry,
+        )
+        self._swapped = Counter(
+            "baton_decode_kv_swap_bytes",
+            "KV that left for the host, or came back",
+            ["direction"],
+            registry=registry,
+        )
+        self._mispredictions = Counter(
+            "baton_decode_length_mispredictions",
+            "sequences that outlived the allotment predicted for them",
+            registry=registry,
+        )
+        self._stalls = Counter(
+            "baton_decode_swap_stalls", "passes that waited for swaps", registry=registry
+        )
+        for kind in ("recompute", "swap"):
+            self._preemptions.labels(kind)
+        for direction in ("out", "in"):
+            self._swapped.labels(direction)
+
+    def residency(self, now: Counters) -> None:
+        """The scheduler's counters stand at `now`."""
+        last, self._last = self._last, now
+        self._preemptions.labels("recompute").inc(now.recomputed - last.recomputed)
+        self._preemptions.labels("swap").inc(now.swapped_out - last.swapped_out)
+        self._swapped.labels("out").inc((now.blocks_out - last.blocks_out) * self._block_bytes)
+        self._swapped.labels("in").inc((now.blocks_in - last.blocks_in) * self._block_bytes)
+        self._mispredictions.inc(now.mispredictions - last.mispredictions)
+        self._stalls.inc(now.waits + now.stalls - last.waits - last.stalls)
