@@ -121,12 +121,13 @@ class Gateway:
     async def _watch_depth(self) -> None:
         while True:
             self.output_rate()  # looked at now, so that it is known when somebody asks
+            now = time.monotonic()
+            ages = [now - session.job.request.arrived_at for session in self.sessions]
+            self._pace.ages(ages, now)
             if self._pace.workers(self.fleet.records):
                 self.queue.measured(self._pace.prefill_base, self._pace.prefill_per_token)
             try:
-                depth = await self.queue.depth()
-                self.metrics.depth(depth)
-                self._pace.waiting = sum(level.requests for level in depth)
+                self.metrics.depth(await self.queue.depth())
             except QueueError as error:
                 log.debug("the queue's depth is not known: %s", error)
             await asyncio.sleep(1.0)

@@ -6,22 +6,23 @@ stand. Outputs of requests whose length nobody predicted are taken to be as long
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from baton.config import GatewayConfig
 from baton.types import Request
 from gateway.job import Job
 from queueing.contract import Role, Submission, WorkerRecord
-from scheduling.aging import handicap, loaded_aging
+from scheduling.aging import aging_factor, handicap
 
 FIRST_MEAN_TOKENS = 128.0
 MEAN_WEIGHT = 0.02  # of the last output in the mean
-DEFAULT_SLOTS = 64  # sequences in a batch, of workers that do not say
+SERVICE_WEIGHT = 0.05  # of the last request in the mean of the expected service
 
 
 class Pace:
-    """Told by the registry, the queue's depth and requests that end; asked at each submission."""
+    """Told by the registry, of ages and of requests that end; asked at each submission."""
 
     def __init__(self, config: GatewayConfig) -> None:
         """Begin with the configuration's guesses."""
@@ -29,16 +30,16 @@ class Pace:
         self.prefill_per_token = config.prefill_seconds_per_token
         self.token_seconds = config.token_seconds
         self.mean_tokens = FIRST_MEAN_TOKENS  # of one output
-        self.waiting = 0  # requests in the pool's queue, at the last look
-        self._slots = DEFAULT_SLOTS
         self._predicts = config.policy == "predicted-srpt"
-        self._aging = config.srpt_aging
+        self._knob = config.srpt_aging
+        self._service = 0.0  # mean expected service of the requests that came
+        self._age: float | None = None  # mean age of the live ones, smoothed over a service time
+        self._looked_at = 0.0
 
     def workers(self, records: Iterable[WorkerRecord]) -> bool:
         """What live workers measured. True if the cost of a first iteration is known now."""
         records = list(records)
         decode = [r for r in records if r.role is Role.DECODE]
-        self._slots = sum(r.batch_sequences or DEFAULT_SLOTS for r in decode) or DEFAULT_SLOTS
         tokens = [r.load.token_seconds for r in decode if r.load and r.load.token_seconds > 0]
         if tokens:
             self.token_seconds = median(tokens)
@@ -53,6 +54,17 @@ class Pace:
     def ended(self, generated: int) -> None:
         """One output is complete, with so many tokens."""
         self.mean_tokens += MEAN_WEIGHT * (generated - self.mean_tokens)
+
+    def ages(self, ages: Sequence[float], now: float) -> None:
+        """How long this gateway's live requests have been here, by which aging follows the load."""
+        if not ages:
+            self._age = None
+            return
+        age = sum(ages) / len(ages)
+        if self._age is not None:
+            step = -math.expm1((self._looked_at - now) / max(self._service, 1e-6))
+            age = self._age + (age - self._age) * step
+        self._age, self._looked_at = age, now
 
     def output_tokens(self, request: Request) -> float:
         """Expected output of all sequences together."""
@@ -74,8 +86,7 @@ class Pace:
         """What the queue is told of a request."""
         request = job.request
         cost = self.cost(request)
-        aging = loaded_aging(self._aging, self.waiting, self._slots)
-        predicted = self._predicts and request.estimate is not None
+        self._service += SERVICE_WEIGHT * (cost - self._service) if self._service else cost
         return Submission(
             request_id=request.id,
             tenant=job.tenant,
@@ -83,7 +94,10 @@ class Pace:
             max_tokens=request.stopping.max_tokens,
             priority=request.priority,
             time_to_live=time_to_live,
-            handicap=handicap(cost, aging) if self._predicts else 0.0,
+            handicap=self._handicap(cost) if self._predicts else 0.0,
             cost=cost,
-            predicted_tokens=round(self.output_tokens(request)) if predicted else None,
+            predicted_tokens=round(self.output_tokens(request)) if self._predicts else None,
         )
+
+    def _handicap(self, cost: float) -> float:
+        return handicap(cost, aging_factor(self._knob, self._service, self._age or 0.0))

@@ -41,8 +41,8 @@ class Submission:
 
     `cost` is the service it is expected to take, in seconds, divided by the tenant's weight where
     tenants have some: tenants take turns by it. `handicap` is by how many seconds a younger request
-    may stand before it. `predicted_tokens` is the output that the order counts on: service up to
-    there costs no level.
+    may stand before it. `predicted_tokens` is the output that the order counts on: the request
+    sinks a level when it has outlived that, and again at each double, not by quanta of service.
     """
 
     request_id: str

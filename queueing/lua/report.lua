@@ -13,15 +13,18 @@ local c = redis.call('HMGET', CONFIG, 'levels', 'quantum', 'ratio')
 local levels, quantum, ratio = tonumber(c[1] or 1), tonumber(c[2] or 1), tonumber(c[3] or 1)
 local expiry = t + setting('lease_ttl', 10) * 1000000
 
--- Where a length was predicted, the order counts on it already: only what comes after is charged.
+-- Where a length was predicted, the order counts on it: a request sinks when it has outlived the
+-- prediction, and again each time it has outlived the double. Else it sinks by quanta of service.
 local function charge(r, generated, served)
   local spent = tonumber(r.spent)
-  if r.predicted == '' or generated > tonumber(r.predicted) then
+  if r.predicted ~= '' then
+    while r.level < levels - 1 and generated > r.predicted * 2 ^ r.level do r.level = r.level + 1 end
+  else
     spent = spent + math.max(0, served - r.served)
-  end
-  while r.level < levels - 1 and spent >= quantum * ratio ^ r.level do
-    spent = spent - quantum * ratio ^ r.level
-    r.level = r.level + 1
+    while r.level < levels - 1 and spent >= quantum * ratio ^ r.level do
+      spent = spent - quantum * ratio ^ r.level
+      r.level = r.level + 1
+    end
   end
   local tokens = r.tokens
   if generated > tonumber(r.generated) then -- its prompt is through

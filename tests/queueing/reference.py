@@ -249,11 +249,14 @@ class Reference:
             return "=" if r.state == "P" and r.fence == fence else "S"
         if not (r.claimed and r.fence == fence) and not (r.state == "D" and r.handed == fence):
             return "S"
-        if r.predicted is None or generated > r.predicted:
+        if r.predicted is not None:
+            while r.level < SETTINGS.levels - 1 and generated > r.predicted * 2**r.level:
+                r.level += 1
+        else:
             r.spent += max(0.0, served - r.served)
-        while r.level < SETTINGS.levels - 1 and r.spent >= SETTINGS.quantum_of(r.level):
-            r.spent -= SETTINGS.quantum_of(r.level)
-            r.level += 1
+            while r.level < SETTINGS.levels - 1 and r.spent >= SETTINGS.quantum_of(r.level):
+                r.spent -= SETTINGS.quantum_of(r.level)
+                r.level += 1
         if generated > r.generated:
             r.tokens = 0
         r.generated, r.served = max(generated, r.generated), served

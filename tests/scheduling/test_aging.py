@@ -5,13 +5,13 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduling.aging import MIN_AGING, handicap, loaded_aging
+from scheduling.aging import AGING, MIN_AGING, MOST_AGING, aging_factor, handicap
 
 SECONDS = st.floats(0.001, 1000)
-AGING = st.floats(0, 4)
+FACTORS = st.floats(0, 4)
 
 
-@given(SECONDS, SECONDS, AGING)
+@given(SECONDS, SECONDS, FACTORS)
 def test_more_work_is_a_larger_handicap_and_a_bounded_one(one: float, other: float, aging: float):
     shorter, longer = sorted((one, other))
     assert handicap(shorter, aging) <= handicap(longer, aging)
@@ -28,7 +28,9 @@ def test_the_handicap_orders_as_work_less_aging_times_age_does(
     assert abs(by_rank) < 1e-6 or (by_rank < 0) == (by_due < 0)
 
 
-def test_aging_counts_less_the_longer_the_queue():
-    counted = [loaded_aging(0.8, waiting, slots=16) for waiting in (0, 4, 16, 1600)]
-    assert counted[0] == 0.8 and counted[2] == 0.4
-    assert all(more > less for more, less in pairwise(counted))
+def test_aging_counts_less_the_older_those_that_are_here():
+    counted = [aging_factor(1.0, service=2.0, age=age) for age in (0.0, 0.1, 2.0, 4.0, 400.0)]
+    assert counted[:2] == [MOST_AGING, MOST_AGING]
+    assert counted[2] == AGING
+    assert all(more >= less for more, less in pairwise(counted))
+    assert aging_factor(0.0, 2.0, 1.0) == aging_factor(0.0, 2.0, 0.0) == 0.0
