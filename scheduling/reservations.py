@@ -6,8 +6,8 @@ Blocks are taken when they are needed; what is reserved only decides who is let 
   comes in is not thrown out again as soon as the others grow.
 - "reserve-max" (Orca): up to the longest output. Nobody ever has to give way.
 - "reserve-sum" (S3): up to the allotment, the upper end of the predicted length.
-- "reserve-predicted": the allotments, but not summed up: as much as the sequences together will
-  hold at their peak (scheduling/forecast.py).
+- "reserve-predicted": the expected outputs, but not summed up: as much as the sequences together
+  will hold at their peak (scheduling/forecast.py).
 
 The supervisor (S3): a sequence that outlives its allotment has it doubled, or as far as there is
 room. Nobody gives way to a reservation, only to a block that is needed now: the memory that a
@@ -136,12 +136,17 @@ class Reservations:
         counts as half full."""
         half, held, remaining = self._capacity.block_size // 2, [], []
         for sequence in (*self._outstanding, newcomer):
-            tokens = len(sequence.tokens)
-            held.append(tokens + half)
-            # One without allotment counts as if it ended soon, as in a paged cache.
-            end = sequence.prompt_length + sequence.allotment if sequence.allotment else tokens
-            remaining.append(max(half, end - tokens))
+            held.append(len(sequence.tokens) + half)
+            remaining.append(max(half, self._expected(sequence) - sequence.generated))
         return peak_kv(held, remaining)
+
+    @staticmethod
+    def _expected(sequence: Sequence) -> int:
+        """Output tokens that it counts with in the peak. Not its allotment: that is what hardly
+        any output exceeds, and of many together as many end before what is expected as after it.
+        One that has outlived it, or that nothing is known of, counts as if it ended soon."""
+        estimate = sequence.request.estimate
+        return 0 if estimate is None else min(estimate.tokens, sequence.allotment)
 
     # -- Checks ----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ class Rules:
 
     `admission`: the KV that must be free before a sequence is let in. "paged": for the tokens it
     has; "reserve-max": for its longest output (Orca); "reserve-sum": for its allotment (S3);
-    "reserve-predicted": for the peak of all allotments. See scheduling/reservations.py.
+    "reserve-predicted": for the peak that all are expected to reach (scheduling/reservations.py).
 
     `batching`: how prompts and generation share a pass. "splitfuse" (FastGen) or "prefill-first":
     whole prompts in passes of their own, while generation waits.
