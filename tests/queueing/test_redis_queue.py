@@ -43,6 +43,7 @@ class Pool:
 
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name, self.clock = url, name, Clock()
+        self.queues: dict[str, RedisWorkerQueue] = {}
         self._open: list[RedisGatewayQueue | RedisWorkerQueue] = []
 
     async def gateway(self, id: str, settings: QueueSettings | None = None) -> RedisGatewayQueue:
@@ -67,6 +68,7 @@ class Pool:
         )
         queue = RedisWorkerQueue(self.url, self.name, registration, clock=self.clock)
         self._open.append(queue)
+        self.queues[id] = queue
         await queue.register()
         return queue
 
