@@ -19,6 +19,7 @@ from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from baton.errors import BatonError, ConfigError, ModelError
 from launcher.cores import spin_briefly
 from launcher.options import config_options, read_config, with_model
+from launcher.plan_options import plan_options
 
 _PROCESSES = ["gateway", "prefill", "decode"]
 click.rich_click.MAX_WIDTH = 110
@@ -26,7 +27,7 @@ click.rich_click.COMMAND_GROUPS = {
     "baton": [
         {"name": "Use", "commands": ["demo", "serve", "generate", "chat", "top"]},
         {"name": "One process each, as a cluster runs them", "commands": _PROCESSES},
-        {"name": "Other", "commands": ["health", "bench", "version"]},
+        {"name": "Other", "commands": ["plan", "health", "bench", "version"]},
     ]
 }
 
@@ -252,6 +253,20 @@ def bench_policies(**options: Any) -> None:
     from experiments.command import Options, run
 
     run(Options(**options))
+
+
+@baton.command()
+@plan_options
+def plan(**options: Any) -> None:
+    """Find the cheapest cluster that meets latency limits, in the simulator.
+
+    Tries numbers of prefill and decode workers, token budgets and MLFQ quanta; prints what it
+    tried and what binds. Needs no GPU: a pass takes what the model on that GPU should take, or what
+    `baton bench engine --profile` measured. Exit code 1 if no cluster does.
+    """
+    from launcher.planning import Options, run
+
+    sys.exit(run(Options(**options)))
 
 
 @baton.command()

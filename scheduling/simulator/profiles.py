@@ -42,6 +42,8 @@ class Profile:
     max_context: int = 4096
     transfer_bytes_per_second: float = 25e9  # a network card of 200 Gbit/s
     transfer_latency: float = 0.002
+    device: str = "cpu"  # torch's name of it
+    weight_bytes: int = 0
     source: str = ""  # where the figures are from
 
     @property
@@ -117,6 +119,8 @@ def of_hardware(
         block_bytes=block_bytes,
         blocks=blocks,
         max_context=shape.max_context,
+        device="cuda",
+        weight_bytes=shape.weight_bytes,
         source=f"roofline: data sheet of the {gpu.name}, {reached.bandwidth:.0%} of its bandwidth "
         f"and {reached.operations:.0%} of its operations",
     )
