@@ -32,6 +32,7 @@ from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
 from scheduling.prefill import PrefillScheduler
+from scheduling.rules import Rules
 
 TOKEN_OF = checksum_token(1000)
 CAPACITY = Capacity(blocks=64, block_size=4, max_tokens=16, max_sequences=8, max_context=256)
@@ -66,11 +67,26 @@ class Heard:
 class Pair:
     """Both workers, their pools joined by the in-process transport."""
 
-    def __init__(self, capacity: Capacity = CAPACITY, step_seconds: float = 0.0005) -> None:
-        registry = CollectorRegistry()
+    def __init__(
+        self,
+        capacity: Capacity = CAPACITY,
+        step_seconds: float = 0.0005,
+        *,
+        rules: Rules | None = None,
+        policy: str = "fcfs",
+        swap_seconds_per_block: float = 0.0,
+    ) -> None:
+        """`rules` and `policy` are the decode worker's."""
+        self.registry = registry = CollectorRegistry()
         self.network = Network()
         self.executors = [
-            CostModelExecutor(capacity, LinearCost(step_seconds, 0, 0), TOKEN_OF, sleep=time.sleep)
+            CostModelExecutor(
+                capacity,
+                LinearCost(step_seconds, 0, 0),
+                TOKEN_OF,
+                swap_seconds_per_block=swap_seconds_per_block,
+                sleep=time.sleep,
+            )
             for _ in range(2)
         ]
         prefilling, decoding = self.executors
@@ -83,7 +99,7 @@ class Pair:
         self.network.attach(self.producer, prefilling.store)
         self.schedulers = (
             PrefillScheduler(capacity, make_policy("fcfs"), max_waiting=64),
-            DecodeScheduler(capacity, make_policy("fcfs"), max_waiting=64),
+            DecodeScheduler(capacity, make_policy(policy), max_waiting=64, rules=rules),
         )
         self.prefill = PrefillWorker(
             prefilling, self.schedulers[0], self.producer, EngineMetrics("prefill", registry)
