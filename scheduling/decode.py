@@ -21,6 +21,7 @@ Knows nothing of models, transports or gateways, and reads no clock.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Logprob, Output, Request
@@ -185,12 +186,14 @@ class DecodeScheduler:
     def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
         """The chunks of the chosen sequences. Only those that will sample a token in this pass may
         take blocks from others."""
-        generating = [s for s in chosen if s.generating][: self._capacity.max_tokens]
-        if self._rules.batching == "prefill-first" and len(generating) < len(chosen):
+        generating = [s for s in chosen if s.generating]
+        prompts = [s for s in chosen if not s.generating]
+        if prompts and self._rules.batching == "prefill-first":
             generating = []
-        ready = [s for s in generating if self._chooser.grow(s)]
-        here = (Phase.RUNNING, Phase.RETURNING)
-        prompts = [s for s in chosen if not s.generating and s.phase in here]
+        grown = (s for s in generating if self._chooser.grow(s))
+        ready = list(islice(grown, self._capacity.max_tokens))
+        here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
+        prompts = [s for s in prompts if s.phase in here]
         return splitfuse(ready, prompts, self._capacity.max_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:

@@ -10,6 +10,8 @@ nothing comes in while others go out or somebody waits for room.
 
 from __future__ import annotations
 
+from itertools import islice
+
 from scheduling.choosing import Chooser
 from scheduling.order import Policy
 from scheduling.plan import Capacity
@@ -40,7 +42,7 @@ class ProactiveSwaps:
         self._in_flight = max(1, capacity.blocks // _FLIGHT_SHARE)
 
     def begin(self, ranked: list[Sequence], chosen: list[Sequence], now: float) -> list[Sequence]:
-        """Begin swaps; returns those of `chosen` that still run."""
+        """Begin swaps. Returns `chosen` with the next best in the place of those that leave."""
         kv, head = self._kv, self._chooser.head
         free = kv.blocks.free + kv.swaps.coming_free()
         if head is None and free >= self._reserve and not kv.swapped:
@@ -58,7 +60,11 @@ class ProactiveSwaps:
             self._refill_reserve(running, ranked, when, now)
         elif not kv.swaps.outs:
             self._prefetch(ranked, when, now)
-        return [s for s in chosen if s.phase is not Phase.LEAVING]
+        stay = [s for s in chosen if s.phase is not Phase.LEAVING]
+        if len(stay) == len(chosen):
+            return chosen
+        spare = (s for s in ranked if s.phase is Phase.RUNNING and s not in running)
+        return [*stay, *islice(spare, self._slots - len(stay))]
 
     def _make_room(
         self, head: Sequence, ranked: list[Sequence], when: list[float], free: int, now: float

@@ -7,6 +7,7 @@ wrongly, reused too early or written twice shows as a wrong token.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 from hypothesis import given, settings
@@ -20,13 +21,14 @@ from hypothesis.stateful import (
 )
 
 from baton.errors import Overloaded
-from baton.types import Output, Request, Sampling, Stopping
+from baton.types import LengthEstimate, Output, Request, Sampling, Stopping
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
 from scheduling.decode import DecodeScheduler
 from scheduling.events import RequestFailed
 from scheduling.mlfq import Mlfq
 from scheduling.order import make_policy
 from scheduling.plan import Capacity, StepPlan
+from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 
 TOKEN_OF = checksum_token(50)
@@ -44,6 +46,7 @@ def capacities(draw: st.DrawFn) -> Capacity:
         max_tokens=draw(st.integers(1, 16)),
         max_sequences=draw(st.integers(1, 5)),
         max_context=max_context,
+        host_blocks=draw(st.sampled_from([0, 2, 10, 40])),
     )
 
 
@@ -53,10 +56,25 @@ def policies(draw: st.DrawFn):
     return make_policy(draw(st.sampled_from(["fcfs", "skip-join-mlfq"])), mlfq=mlfq)
 
 
-def check_plan(plan: StepPlan, capacity: Capacity, before: list[Sequence]) -> None:
+@st.composite
+def rules(draw: st.DrawFn) -> Rules:
+    return Rules(
+        admission=draw(
+            st.sampled_from(["paged", "reserve-predicted", "reserve-sum", "reserve-max"])
+        ),
+        batching=draw(st.sampled_from(["splitfuse", "splitfuse", "prefill-first"])),
+        filling=draw(st.sampled_from(["continuous"] * 4 + ["static", "dynamic"])),
+        preemption=draw(st.sampled_from(["recompute", "swap", "swap", "auto"])),
+        swapping=draw(st.sampled_from(["proactive", "reactive"])),
+        swap_reserve=draw(st.sampled_from([0.0, 0.05, 0.3])),
+    )
+
+
+def check_plan(plan: StepPlan, capacity: Capacity, rules: Rules, before: list[Sequence]) -> None:
     """What must hold for every plan. `before`: running sequences that had all they needed to
     generate one more token."""
-    assert plan.tokens <= capacity.max_tokens
+    whole = rules.batching == "prefill-first"
+    assert plan.tokens <= capacity.max_tokens or (whole and len(plan.chunks) == 1)
     assert len(plan.chunks) <= capacity.max_sequences
     assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
     kinds = [chunk.sequence.generating for chunk in plan.chunks]
@@ -67,22 +85,33 @@ def check_plan(plan: StepPlan, capacity: Capacity, before: list[Sequence]) -> No
         assert chunk.length > 0
         assert chunk.sample == (end == len(sequence.tokens))
         assert len(sequence.blocks) >= capacity.blocks_for(end)
+        assert plan.swaps_first or sequence.phase is Phase.RUNNING
+    if whole:
+        assert len(set(kinds)) <= 1, "prompts have passes of their own"
     if plan.tokens < capacity.max_tokens:
         assert all(chunk.sample for chunk in plan.chunks), "a cut prompt in a pass with room"
     advanced = {chunk.sequence for chunk in plan.chunks}
     starved = [s for s in before if s not in advanced and s.phase is Phase.RUNNING]
-    if starved:
+    if starved and not whole:
         assert len(plan.chunks) == capacity.max_sequences or sum(kinds) == capacity.max_tokens
 
 
 class DecodeMachine(RuleBasedStateMachine):
     """The worker around a scheduler, in its worst mood."""
 
-    @initialize(capacity=capacities(), policy=policies())
-    def begin(self, capacity: Capacity, policy) -> None:
-        self.capacity = capacity
-        self.scheduler = DecodeScheduler(capacity, policy, max_waiting=20)
-        self.executor = CostModelExecutor(capacity, token_of=TOKEN_OF)
+    @initialize(
+        capacity=capacities(),
+        policy=policies(),
+        rules=rules(),
+        swap_seconds=st.sampled_from([0.0, 0.0004, 0.003]),
+    )
+    def begin(self, capacity: Capacity, policy, rules: Rules, swap_seconds: float) -> None:
+        self.capacity, self.rules_ = capacity, rules
+        self.scheduler = DecodeScheduler(capacity, policy, max_waiting=20, rules=rules)
+        self.executor = CostModelExecutor(
+            capacity, token_of=TOKEN_OF, swap_seconds_per_block=swap_seconds
+        )
+        self.unreported: tuple[int, ...] = ()  # swaps that ended in a broken pass
         self.now = 0.0
         self.plan: StepPlan | None = None
         self.incoming: list[Sequence] = []
@@ -101,6 +130,10 @@ class DecodeMachine(RuleBasedStateMachine):
             sampling=Sampling(n=data.draw(st.sampled_from([1, 1, 2, 3])), seed=self.count),
             stopping=Stopping(most),
             priority=data.draw(st.sampled_from([0, 0, 1])),
+            estimate=data.draw(
+                st.none() | st.integers(1, 40).map(lambda n: LengthEstimate(n, n + n // 4)),
+                label="estimate",
+            ),
         )
 
     @rule(data=st.data())
@@ -154,11 +187,13 @@ class DecodeMachine(RuleBasedStateMachine):
             if s.generating and len(s.blocks) >= self.capacity.blocks_for(len(s.tokens))
         ]
         self.plan = self.scheduler.plan(self.now)
-        if self.plan is None and not self.incoming:
+        if self.plan is None and self.scheduler.opens_at is not None:
+            self.now = self.scheduler.opens_at
+        elif self.plan is None and not self.incoming:
             load = self.scheduler.load()
             assert (load.running, load.waiting) == (0, 0), "there was something to run"
         if self.plan is not None:
-            check_plan(self.plan, self.capacity, before)
+            check_plan(self.plan, self.capacity, self.rules_, before)
             sequences = [chunk.sequence for chunk in self.plan.chunks]
             self.still = [(s, [*s.tokens], [*s.blocks]) for s in sequences]
 
@@ -171,8 +206,11 @@ class DecodeMachine(RuleBasedStateMachine):
         result = self.executor.execute(self.plan)
         self.now += result.seconds
         if broken:
+            self.unreported += result.swapped
             self.take(self.scheduler.fail(self.plan, self.now))
         else:
+            result = dataclasses.replace(result, swapped=self.unreported + result.swapped)
+            self.unreported = ()
             self.take(self.scheduler.apply(self.plan, result, self.now))
         self.plan = None
 
@@ -210,12 +248,13 @@ class DecodeMachine(RuleBasedStateMachine):
                     self.scheduler.quiet(sequence)
             else:
                 self.begin_pass()
-                if self.plan is None:
+                if self.plan is None and self.scheduler.opens_at is None:
                     break
         self.scheduler.check_integrity()
         load = self.scheduler.load()
         assert (load.running, load.waiting) == (0, 0)
         assert load.free_blocks == load.total_blocks
+        assert self.scheduler._kv.swaps.host.free == self.capacity.host_blocks
         for request in self.requests.values():
             for index in range(request.sampling.n):
                 assert self.outputs[request, index] == expected_tokens(request, index, TOKEN_OF)
