@@ -131,6 +131,30 @@ class GatewayConfig(SchedulingConfig):
     urgent_before: Annotated[float, Field(ge=0)] = Field(
         2.0, description="slack before its deadline at which a waiting request goes first"
     )
+    length_predictor: str = Field(
+        "online",
+        description="how output lengths are predicted: online (learns from every request), off, or "
+        "the directory of a transformers classifier",
+    )
+    length_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.9, description="share of outputs that are to stay within the KV predicted for them"
+    )
+    length_timeout: Seconds = Field(
+        0.05, description="longest wait for a transformers classifier's prediction"
+    )
+    length_state: Path | None = Field(
+        None, description="file that keeps what was learnt about lengths; Redis keeps it too"
+    )
+    length_salt: SecretStr = Field(
+        SecretStr(""),
+        description="secret that enters the hashes of the length predictor; the same for all "
+        "gateways of a pool",
+    )
+    record_lengths: Path | None = Field(
+        None,
+        description="file that prompts and their output lengths are appended to, in plain text, "
+        "to train a classifier on; off if unset",
+    )
 
 
 class WorkerConfig(SchedulingConfig):
