@@ -1,4 +1,4 @@
-"""Dynamic SplitFuse: what a forward pass is filled with (DeepSpeed-FastGen).
+"""What a forward pass is filled with: Dynamic SplitFuse (DeepSpeed-FastGen), or prompts first.
 
 The time of a pass depends on its tokens, not on its sequences, and throughput is concave in
 tokens: passes of equal size are best. So long prompts are split and short ones fused until the
@@ -7,11 +7,15 @@ budget is met exactly, and generating sequences, one token each, never wait for 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Literal
 
 from scheduling.plan import Chunk
 from scheduling.sequence import Sequence
+
+Batching = Callable[[Iterable[Sequence], Iterable[Sequence], int], tuple[Chunk, ...]]
+"""(generating, prompts, token budget) -> the chunks of a pass, generation first."""
 
 
 def splitfuse(
@@ -33,3 +37,25 @@ def splitfuse(
         )
         left -= length
     return tuple(chunks)
+
+
+def prefill_first(
+    generating: Iterable[Sequence], prompts: Iterable[Sequence], max_tokens: int
+) -> tuple[Chunk, ...]:
+    """Fill a pass with whole prompts, in the given order, as many as fit in `max_tokens`, and at
+    least one, however long; generation waits until there are none. What Orca and the first vLLM
+    did, to compare with."""
+    chunks: list[Chunk] = []
+    left = max_tokens
+    for sequence in prompts:
+        length = sequence.uncomputed
+        if chunks and length > left:
+            break
+        chunks.append(Chunk(sequence, sequence.computed, length, sample=True))
+        left -= length
+    return tuple(chunks) or splitfuse(generating, (), max_tokens)
+
+
+def batching(name: Literal["splitfuse", "prefill-first"]) -> Batching:
+    """The rule called `name`."""
+    return {"splitfuse": splitfuse, "prefill-first": prefill_first}[name]

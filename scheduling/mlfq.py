@@ -1,21 +1,32 @@
-"""Skip-join multi-level feedback queue (FastServe).
+"""Multi-level feedback queues (FastServe section 4.1), naive and skip-join.
 
-Level i has a quantum of `quantum * ratio ** i` seconds, the last one has no end. A sequence joins
-the first level whose quantum covers its first iteration (the levels above would only demote it),
-sinks when its quantum is spent, and rises to level 0 when it has waited too long.
+Level i has a quantum of `quantum * ratio ** i` seconds, the last one has no end. A sequence sinks
+when its quantum is spent. In the naive queue everybody joins level 0. With skip-join a sequence
+joins the first level whose quantum covers its first iteration: the levels above would only demote
+it, and it would displace others at each.
+
+The starved are served first until they have had a quantum of level 0, and are then where they had
+sunk to (scheduling/standing.py). FastServe has them sink again from level 0 through all quanta;
+docs/decisions/004-predicted-srpt.md has what that costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from scheduling.sequence import Sequence
+from scheduling.cost import CostTracker
+from scheduling.remaining import RemainingWork
+from scheduling.sequence import Sequence, Standing
+from scheduling.standing import PreemptivePolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Mlfq:
-    """The levels. `promote_after` is the wait, in seconds, that lifts a sequence to level 0."""
+    """The levels. `promote_after` is the wait, in seconds, after which a sequence is starved;
+    infinite: never."""
 
     levels: int = 5
     quantum: float = 0.05
@@ -24,25 +35,109 @@ class Mlfq:
 
     def quantum_of(self, level: int) -> float:
         """Seconds of service in `level` before demotion."""
-        return self.quantum * self.ratio**level if level < self.levels - 1 else float("inf")
+        return self.quantum * self.ratio**level if level < self.levels - 1 else math.inf
 
     def first_level(self, cost: float) -> int:
         """The level that a sequence joins whose first iteration takes `cost` seconds."""
         return next(level for level in range(self.levels) if self.quantum_of(level) >= cost)
 
-    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
-        """A pass of `seconds` had `sequence` in it; demote it if that used up its quantum."""
-        sequence.waiting_since = now
+    def charge(self, sequence: Sequence, seconds: float) -> None:
+        """It was served; demote it, by more than a level if that used up several quanta. What is
+        left over counts in the new level, so many charges are the same as their sum."""
         sequence.served += seconds
-        if sequence.served >= self.quantum_of(sequence.level):
+        while sequence.served >= (quantum := self.quantum_of(sequence.level)):
+            sequence.served -= quantum
             sequence.level += 1
-            sequence.served = 0.0
 
-    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Lift the starved to level 0 with a fresh quantum, whether they ran before or not."""
-        latest = now - self.promote_after
-        for sequence in sequences:
-            if sequence.waiting_since <= latest:
-                sequence.level = 0
-                sequence.served = 0.0
-                sequence.waiting_since = now
+
+class MlfqPolicy(PreemptivePolicy):
+    """Level by level, first come first served within one; everybody joins level 0."""
+
+    def __init__(self, mlfq: Mlfq, cost: CostTracker) -> None:
+        super().__init__(
+            RemainingWork(cost), promote_after=mlfq.promote_after, quantum=mlfq.quantum
+        )
+        self._mlfq = mlfq
+        self._cost = cost
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """Join the first level, or the one that the sequence had sunk to elsewhere."""
+        first = self._first_level(tokens)
+        sequence.level = min(max(sequence.level, first), self._mlfq.levels - 1)
+        super().join(sequence, tokens, now)
+
+    def next_run(self, ranked: Items[Sequence], slots: int, now: float) -> list[float]:
+        """FastServe section 4.2: the earlier of promotion and execution. To be executed, a
+        sequence waits until all before it have sunk to its level and those who came earlier have
+        sunk out of it, `slots` at a time, none finishing before. O(sequences + levels)."""
+        ahead = _Ahead(self._mlfq)
+        times = []
+        for place, sequence in enumerate(ranked):
+            ordinary = sequence.standing is Standing.ORDINARY
+            if ordinary:
+                ahead.sink_to(sequence)
+            waits = min(ahead.seconds / slots, self.lifted_in(sequence, now))
+            times.append(0.0 if place < slots else waits)
+            if ordinary:
+                ahead.add(sequence)
+            else:
+                starved = sequence.standing is Standing.STARVED
+                ahead.seconds += sequence.credit if starved else self._work.seconds(sequence)
+        return times
+
+    def _first_level(self, tokens: int) -> int:
+        return 0
+
+    def _measure(self, sequence: Sequence) -> float:
+        return float(sequence.level)
+
+    def _served(self, sequence: Sequence, seconds: float) -> None:
+        level = sequence.level
+        self._mlfq.charge(sequence, seconds)
+        if sequence.level != level:
+            sequence.rank = None
+
+    def _until_change(
+        self, chosen: Items[Sequence], others: Iterable[Sequence], now: float
+    ) -> float:
+        return min(
+            (self._mlfq.quantum_of(s.level) - s.served + max(s.credit, 0.0) for s in chosen),
+            default=math.inf,
+        )
+
+
+class SkipJoinMlfq(MlfqPolicy):
+    """The same, but joining the first level whose quantum covers the first iteration."""
+
+    def _first_level(self, tokens: int) -> int:
+        return self._mlfq.first_level(self._cost.model.first_iteration(tokens))
+
+
+class _Ahead:
+    """The service that a walk down the ranks has passed by: what all those before the next
+    sequence get before it is their equal."""
+
+    def __init__(self, mlfq: Mlfq) -> None:
+        self.seconds = 0.0
+        self._mlfq = mlfq
+        self._priority: int | None = None
+        self._level = self._above = self._same = 0  # where the walk is; sequences passed
+
+    def sink_to(self, sequence: Sequence) -> None:
+        """Those before it sink to its level. Higher classes are only counted down to where they
+        are now: how long they take is not known."""
+        if sequence.request.priority != self._priority:
+            self._priority = sequence.request.priority
+            self._level = self._above = self._same = 0
+        while self._level < sequence.level:
+            self.seconds += self._above * self._mlfq.quantum_of(self._level)
+            self._above += self._same
+            self._same = 0
+            self._level += 1
+
+    def add(self, sequence: Sequence) -> None:
+        """Walk past it: it sinks out of its level. The last one has no end: as if it had the
+        quantum that would come next."""
+        quantum = self._mlfq.quantum * self._mlfq.ratio**sequence.level
+        self.seconds += max(quantum - sequence.served, 0.0)
+        self._same += 1

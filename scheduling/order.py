@@ -11,26 +11,28 @@ from typing import Protocol
 from baton.config import SchedulingConfig
 from baton.errors import ConfigError
 from scheduling.cost import CostTracker
-from scheduling.mlfq import Mlfq
-from scheduling.sequence import Sequence
+from scheduling.mlfq import Mlfq, MlfqPolicy, SkipJoinMlfq
+from scheduling.sequence import Rank, Sequence, Standing
+from scheduling.srpt import PredictedSrpt, SrptOracle
 
-Rank = tuple[int, float, float, str, int]
-"""Lowest first: (-priority class, the policy's own measure, arrival, request id, index). Total."""
+NAMES = ("fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt", "srpt-oracle")
+"""Of all policies. The last one knows the future: it is for experiments."""
 
 
 class Policy(Protocol):
-    """An order over sequences. It alone sets `level`, `served` and `waiting_since`."""
+    """An order over sequences. It alone sets what a Sequence keeps for its policy."""
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """It has arrived, with `tokens` to compute here before its next one is sampled."""
         ...
 
     def rank(self, sequence: Sequence) -> Rank:
-        """Its place. May change only through the other methods."""
+        """Its place. Changes only through the other methods."""
         ...
 
     def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
-        """A pass of `seconds` that ended `now` had the sequence in it."""
+        """A pass that took `seconds` and ended `now` had the sequence in it; or several passes in
+        a row that took `seconds` together, no more than `steady` had said."""
         ...
 
     def promote(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -53,12 +55,23 @@ class Fcfs:
     """First come, first served, within a priority class."""
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
-        """Nothing to set: the arrival is in the sequence."""
+        """Its arrival alone says where it stands."""
+        request = sequence.request
+        sequence.rank = (
+            -request.priority,
+            Standing.ORDINARY,
+            0.0,
+            sequence.arrived_at,
+            request.id,
+            sequence.index,
+        )
 
     def rank(self, sequence: Sequence) -> Rank:
         """By arrival."""
-        request = sequence.request
-        return (-request.priority, 0.0, sequence.arrived_at, request.id, sequence.index)
+        if sequence.rank is None:
+            self.join(sequence, 0, 0.0)
+        assert sequence.rank is not None
+        return sequence.rank
 
     def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
         """Service changes nothing."""
@@ -75,55 +88,27 @@ class Fcfs:
         return math.inf
 
 
-class SkipJoinMlfq:
-    """Level by level, first come first served within one."""
-
-    def __init__(self, mlfq: Mlfq, cost: CostTracker) -> None:
-        self._mlfq = mlfq
-        self._cost = cost
-
-    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
-        """Join the first level whose quantum covers `tokens`, or the one that the sequence had
-        sunk to elsewhere."""
-        first = self._mlfq.first_level(self._cost.model.first_iteration(tokens))
-        sequence.level = min(max(sequence.level, first), self._mlfq.levels - 1)
-        sequence.waiting_since = now
-
-    def rank(self, sequence: Sequence) -> Rank:
-        """By level, then by arrival."""
-        request = sequence.request
-        return (
-            -request.priority,
-            sequence.level,
-            sequence.arrived_at,
-            request.id,
-            sequence.index,
-        )
-
-    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
-        """Count service against the quantum."""
-        self._mlfq.charge(sequence, seconds, now)
-
-    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Lift the starved."""
-        self._mlfq.promote(sequences, now)
-
-    def next_run(self, ranked: Items[Sequence], slots: int, now: float) -> list[float]:
-        """FastServe section 4.2, still to come."""
-        raise NotImplementedError
-
-    def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
-        """Nothing is promised."""
-        return 0.0
-
-
-def make_policy(name: str, *, mlfq: Mlfq | None = None, cost: CostTracker | None = None) -> Policy:
-    """The policy called `name`: "fcfs" or "skip-join-mlfq". Raises ConfigError for others."""
+def make_policy(
+    name: str,
+    *,
+    mlfq: Mlfq | None = None,
+    cost: CostTracker | None = None,
+    aging: float = 1.0,
+) -> Policy:
+    """The policy called `name`, one of NAMES. `aging` is the knob of predicted-srpt. Raises
+    ConfigError for other names."""
+    mlfq, cost = mlfq or Mlfq(), cost or CostTracker()
     if name == "fcfs":
         return Fcfs()
+    if name == "mlfq":
+        return MlfqPolicy(mlfq, cost)
     if name == "skip-join-mlfq":
-        return SkipJoinMlfq(mlfq or Mlfq(), cost or CostTracker())
-    raise ConfigError(f"--policy {name}: unknown; there are fcfs and skip-join-mlfq")
+        return SkipJoinMlfq(mlfq, cost)
+    if name == "predicted-srpt":
+        return PredictedSrpt(mlfq, cost, aging=aging)
+    if name == "srpt-oracle":
+        return SrptOracle(cost)
+    raise ConfigError(f"--policy {name}: unknown; there are {', '.join(NAMES)}")
 
 
 def policy_from(config: SchedulingConfig, cost: CostTracker) -> Policy:
@@ -134,4 +119,4 @@ def policy_from(config: SchedulingConfig, cost: CostTracker) -> Policy:
         ratio=config.mlfq_ratio,
         promote_after=config.mlfq_promote_after,
     )
-    return make_policy(config.policy, mlfq=mlfq, cost=cost)
+    return make_policy(config.policy, mlfq=mlfq, cost=cost, aging=config.srpt_aging)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.types import Request, Sampling, Stopping
-from scheduling.budget import splitfuse
+from scheduling.budget import batching, prefill_first, splitfuse
 from scheduling.sequence import Sequence
 
 
@@ -44,6 +44,26 @@ def test_generation_comes_before_prompts() -> None:
 
 def test_nothing_to_do_is_an_empty_pass() -> None:
     assert splitfuse([], [], 4) == ()
+
+
+def test_whole_prompts_go_first_and_generation_waits() -> None:
+    chunks = prefill_first([generating()], [prompt(3), prompt(4), prompt(9), prompt(2)], 10)
+    assert [(c.length, c.sample) for c in chunks] == [(3, True), (4, True)]
+
+
+def test_a_prompt_longer_than_the_budget_is_not_split() -> None:
+    chunks = prefill_first([generating()], [prompt(30), prompt(2)], 10)
+    assert [(c.length, c.sample) for c in chunks] == [(30, True)]
+
+
+def test_generation_goes_on_when_no_prompt_is_there() -> None:
+    chunks = prefill_first([generating(), generating()], [], 10)
+    assert [(c.length, c.sample) for c in chunks] == [(1, True), (1, True)]
+
+
+def test_both_rules_have_names() -> None:
+    assert batching("splitfuse") is splitfuse
+    assert batching("prefill-first") is prefill_first
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,20 +1,31 @@
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from baton.types import Request, Sampling, Stopping
-from scheduling.mlfq import Mlfq
-from scheduling.sequence import Sequence
+from scheduling.cost import CostTracker, LinearCost
+from scheduling.mlfq import Mlfq, MlfqPolicy, SkipJoinMlfq
+from scheduling.sequence import Sequence, Standing
+from tests.scheduling.serving import Job, start
 
 MLFQ = Mlfq(levels=4, quantum=1.0, ratio=2.0, promote_after=10.0)
+COST = LinearCost(base=0.0, per_token=1.0, per_sequence=1.0)
 
 
 def sequence() -> Sequence:
     return Sequence.start(Request("r", (1,), Sampling(), Stopping(4)), 0, now=0.0)
 
 
+def skip_join(mlfq: Mlfq = MLFQ) -> SkipJoinMlfq:
+    return SkipJoinMlfq(mlfq, CostTracker(COST, every=0))
+
+
 def test_quanta_grow_by_the_ratio_and_the_last_level_has_no_end() -> None:
-    assert [MLFQ.quantum_of(level) for level in range(4)] == [1.0, 2.0, 4.0, float("inf")]
+    assert [MLFQ.quantum_of(level) for level in range(4)] == [1.0, 2.0, 4.0, math.inf]
 
 
 @pytest.mark.parametrize(
@@ -26,37 +37,133 @@ def test_a_sequence_joins_the_first_level_that_covers_its_first_iteration(
     assert MLFQ.first_level(cost) == level
 
 
-def test_a_spent_quantum_demotes_by_one_level_and_starts_a_new_one() -> None:
+def test_a_spent_quantum_demotes_and_what_is_left_over_counts_below() -> None:
     s = sequence()
-    MLFQ.charge(s, 0.6, now=1.0)
-    assert (s.level, s.served) == (0, 0.6)
-    MLFQ.charge(s, 0.6, now=2.0)
-    assert (s.level, s.served) == (1, 0.0)
-    MLFQ.charge(s, 1.9, now=4.0)
+    MLFQ.charge(s, 0.5)
+    assert (s.level, s.served) == (0, 0.5)
+    MLFQ.charge(s, 0.75)
+    assert (s.level, s.served) == (1, 0.25)
+    MLFQ.charge(s, 1.5)
     assert s.level == 1
-    MLFQ.charge(s, 0.1, now=5.0)
-    assert s.level == 2
+    MLFQ.charge(s, 0.25)
+    assert (s.level, s.served) == (2, 0.0)
+
+
+def test_a_pass_longer_than_several_quanta_demotes_by_as_many_levels() -> None:
+    s = sequence()
+    MLFQ.charge(s, 3.5)
+    assert (s.level, s.served) == (2, 0.5)
 
 
 def test_nothing_sinks_below_the_last_level() -> None:
     s = sequence()
-    for step in range(100):
-        MLFQ.charge(s, 50.0, now=float(step))
+    for _ in range(100):
+        MLFQ.charge(s, 50.0)
     assert s.level == 3
 
 
-def test_the_starved_rise_to_the_top_with_a_fresh_quantum() -> None:
-    s = sequence()
-    s.level, s.served, s.waiting_since = 3, 2.5, 20.0
-    MLFQ.promote([s], now=29.9)
-    assert s.level == 3
-    MLFQ.promote([s], now=30.0)
-    assert (s.level, s.served, s.waiting_since) == (0, 0.0, 30.0)
+@given(passes=st.lists(st.integers(1, 200), max_size=20))
+def test_many_charges_are_the_same_as_their_sum(passes: list[int]) -> None:
+    apart, together = sequence(), sequence()
+    for pass_ in passes:
+        MLFQ.charge(apart, pass_ / 64)  # exact in binary
+    MLFQ.charge(together, sum(passes) / 64)
+    assert (apart.level, apart.served) == (together.level, together.served)
+
+
+def test_everybody_joins_the_first_level_of_a_naive_queue() -> None:
+    naive = MlfqPolicy(MLFQ, CostTracker(COST, every=0))
+    assert [start(naive, Job(0, prompt, 4)).level for prompt in (1, 3, 99)] == [0, 0, 0]
+    assert [start(skip_join(), Job(0, prompt, 4)).level for prompt in (1, 3, 99)] == [0, 2, 3]
+
+
+def test_the_starved_come_first_for_one_quantum_and_are_then_where_they_had_sunk_to() -> None:
+    policy = skip_join()
+    old = start(policy, Job(0, 1, 99, level=2), now=0.0, id="old")
+    policy.charge(old, 1.5, now=1.5)
+    new = start(policy, Job(0, 1, 99), now=9.0, id="new")
+    policy.promote([old, new], now=11.4)
+    assert policy.rank(new) < policy.rank(old)
+    policy.promote([old, new], now=11.5)
+    assert policy.rank(old) < policy.rank(new)
+    policy.charge(old, 0.75, now=12.25)
+    assert policy.rank(old) < policy.rank(new)
+    policy.charge(old, 0.75, now=13.0)
+    assert policy.rank(new) < policy.rank(old)
+    assert (old.level, old.served) == (2, 2.0), "only service beyond the quantum counts"
+
+
+def test_those_that_starve_longest_come_first_of_the_starved() -> None:
+    policy = skip_join()
+    sequences = [start(policy, Job(0, 1, 9, level=3), id=str(i), now=4.0 - i) for i in range(3)]
+    policy.promote(sequences, now=50.0)
+    assert [s.request.id for s in sorted(sequences, key=policy.rank)] == ["2", "1", "0"]
 
 
 def test_whoever_runs_does_not_starve() -> None:
-    s = sequence()
-    s.level = 2
-    MLFQ.charge(s, 0.1, now=25.0)
-    MLFQ.promote([s], now=30.0)
-    assert s.level == 2
+    policy = skip_join()
+    s = start(policy, Job(0, 1, 9))
+    policy.charge(s, 0.1, now=25.0)
+    policy.promote([s], now=30.0)
+    assert s.standing is Standing.ORDINARY
+
+
+def test_without_promotion_nobody_ever_counts_as_starved() -> None:
+    policy = skip_join(Mlfq(promote_after=math.inf))
+    s = start(policy, Job(0, 1, 9))
+    policy.promote([s], now=1e9)
+    assert s.standing is Standing.ORDINARY
+
+
+def test_next_run_counts_the_quanta_that_those_before_it_burn_until_they_are_its_equals() -> None:
+    policy = skip_join(Mlfq(levels=4, quantum=1.0, ratio=2.0, promote_after=100.0))
+    levels = [0, 0, 1, 2]
+    ranked = [start(policy, Job(0, 1, 99, level=n), id=str(i)) for i, n in enumerate(levels)]
+    policy.charge(ranked[0], 0.25, now=0.0)
+    assert policy.next_run(ranked, 1, now=0.0) == [
+        0.0,
+        0.75,  # the rest of the first one's quantum
+        1.75,  # both have sunk to level 1
+        1.75 + 2 * 2.0 + 2.0,  # all three have sunk to level 2
+    ]
+    assert policy.next_run(ranked, 2, now=0.0) == [0.0, 0.0, 0.875, 3.875]
+
+
+def test_next_run_is_when_it_is_promoted_if_that_is_sooner() -> None:
+    policy = skip_join()
+    ranked = [start(policy, Job(0, 1, 99, level=n), id=str(n)) for n in (0, 3)]
+    assert policy.next_run(ranked, 1, now=9.5) == [0.0, 0.5]
+
+
+@settings(max_examples=50)
+@given(levels=st.lists(st.integers(0, 3), min_size=1, max_size=30), slots=st.integers(1, 4))
+def test_next_run_never_says_that_a_worse_rank_runs_earlier(levels: list[int], slots: int) -> None:
+    policy = skip_join()
+    ranked = [
+        start(policy, Job(0, 1, 99, level=n, priority=i % 2), id=str(i))
+        for i, n in enumerate(levels)
+    ]
+    ranked.sort(key=policy.rank)
+    times = policy.next_run(ranked, slots, now=0.0)
+    assert times == sorted(times)
+    assert times[:slots] == [0.0] * min(slots, len(ranked))
+
+
+def test_steady_ends_with_the_first_quantum() -> None:
+    policy = skip_join()
+    chosen = [start(policy, Job(0, 1, 99, level=n), id=str(n)) for n in (1, 2)]
+    policy.charge(chosen[0], 0.5, now=0.0)
+    assert policy.steady(chosen, [], now=0.0) == 1.5
+
+
+def test_steady_ends_when_one_that_waits_may_be_promoted() -> None:
+    policy = skip_join()
+    chosen, other = start(policy, Job(0, 1, 99, level=2)), start(policy, Job(0, 1, 9, level=3))
+    policy.charge(chosen, 0.5, now=8.0)
+    assert policy.steady([chosen], [], now=8.0) == 3.5
+    assert policy.steady([chosen], [other], now=8.0) == 2.0
+
+
+def test_the_last_level_is_steady_for_ever() -> None:
+    policy = skip_join()
+    assert policy.steady([start(policy, Job(0, 1, 99, level=3))], [], now=0.0) == math.inf

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from baton.config import WorkerConfig
 from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
 from scheduling.cost import CostTracker, LinearCost
 from scheduling.mlfq import Mlfq
-from scheduling.order import make_policy
+from scheduling.order import NAMES, Fcfs, make_policy, policy_from
 from scheduling.sequence import Sequence
+from scheduling.srpt import PredictedSrpt
+from tests.scheduling.serving import Job, serve
 
 
 def sequence(id: str, arrived: float = 0.0, priority: int = 0, level: int = 0) -> Sequence:
@@ -62,6 +67,42 @@ def test_mlfq_keeps_the_level_that_the_queue_gave_within_its_own_levels() -> Non
         s = sequence("r", level=given)
         policy.join(s, 1, now=0.0)
         assert s.level == kept
+
+
+def test_three_jobs_are_served_best_by_srpt_then_skip_join_then_fcfs_then_naive_mlfq() -> None:
+    """The point of FastServe's example: a naive queue preempts long prompts for nothing."""
+    cost = LinearCost(base=0.0, per_token=1.0, per_sequence=1.0)
+    jobs = [Job(0.0, prompt, output, output) for prompt, output in ((5, 2), (2, 3), (1, 2))]
+    means = {}
+    for name in ("fcfs", "mlfq", "skip-join-mlfq", "srpt-oracle"):
+        mlfq = Mlfq(levels=4, quantum=1.0, ratio=2.0, promote_after=math.inf)
+        policy = make_policy(name, mlfq=mlfq, cost=CostTracker(cost, every=0))
+        means[name] = 3 * serve(policy, jobs, cost).mean_latency(jobs)
+    assert means == {"fcfs": 28, "mlfq": 33, "skip-join-mlfq": 22, "srpt-oracle": 20}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_serves_a_higher_class_first(name: str) -> None:
+    policy = make_policy(name)
+    low, high = sequence("low", 0.0), sequence("high", 9.0, priority=2)
+    for s in (low, high):
+        policy.join(s, 2, now=s.arrived_at)
+    assert sorted([low, high], key=policy.rank) == [high, low]
+
+
+def test_the_configuration_names_a_policy_and_its_rules() -> None:
+    config = WorkerConfig(policy="predicted-srpt", srpt_aging=0.0)
+    policy = policy_from(config, CostTracker())
+    assert isinstance(policy, PredictedSrpt)
+    assert policy.aging == 0.0
+    assert isinstance(policy_from(WorkerConfig(policy="fcfs"), CostTracker()), Fcfs)
+
+
+def test_fcfs_is_steady_for_ever_and_next_run_goes_by_position() -> None:
+    policy = make_policy("fcfs")
+    sequences = [sequence(str(i), float(i)) for i in range(4)]
+    assert policy.steady(sequences[:2], sequences[2:], now=9.0) == math.inf
+    assert policy.next_run(sequences, 2, now=9.0) == [0.0, 0.0, 1.0, 2.0]
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:

@@ -1,0 +1,156 @@
+"""Shortest remaining processing time first: as predicted, and as an oracle knows it.
+
+Predicted work minus `aging` times age is the order. Age grows alike for all, so the order is that
+of `work + aging * arrived_at`, which stands still between passes.
+
+How much age should count depends on the load. Where nobody waits it hardly matters; near
+saturation ages are many times the work of a request, and a fixed factor turns the order into first
+come, first served. So the factor follows what is measured: it is `(service / age) ** 2`, of the
+mean predicted work of a request and the mean age of those that are here, times the one knob.
+docs/decisions/004-predicted-srpt.md compares it with others.
+
+MLFQ is the guard against mispredictions: a sequence that outlives its estimate sinks a level, and
+again each time it has outlived the double, and is expected to go on for a quarter of what it has
+generated (scheduling/remaining.py). Whoever starves comes first for a quantum
+(scheduling/standing.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from collections.abc import Sequence as Items
+
+from scheduling.cost import CostTracker, Work
+from scheduling.mlfq import Mlfq
+from scheduling.remaining import RemainingWork
+from scheduling.sequence import Sequence, Standing
+from scheduling.standing import PreemptivePolicy
+
+_AGING = 1.5  # what the knob at 1 stands for
+_MOST_AGING = 8.0  # close enough to first come, first served
+_DRIFT = 0.1  # relative change of the factor that is worth a new order
+
+
+class PredictedSrpt(PreemptivePolicy):
+    """By predicted remaining work, aged; `aging` 0 is best for the mean, more for the tail."""
+
+    def __init__(self, mlfq: Mlfq, cost: CostTracker, *, aging: float = 1.0) -> None:
+        super().__init__(
+            RemainingWork(cost), promote_after=mlfq.promote_after, quantum=mlfq.quantum
+        )
+        self._mlfq = mlfq
+        self._cost = cost
+        self._knob = aging
+        self.aging = min(_AGING * aging, _MOST_AGING)
+        """How many seconds of predicted work a second of age makes up for, at this load."""
+        self._age: float | None = None  # running mean, over time, of the mean age
+        self._tuned_at = -math.inf
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """Keep the level that the sequence had sunk to elsewhere."""
+        sequence.level = min(sequence.level, self._mlfq.levels - 1)
+        super().join(sequence, tokens, now)
+
+    def next_run(self, ranked: Items[Sequence], slots: int, now: float) -> list[float]:
+        """The work of all before it, `slots` at a time, or when it counts as starved."""
+        ahead, times = 0.0, []
+        for place, sequence in enumerate(ranked):
+            waits = min(ahead / slots, self.lifted_in(sequence, now))
+            times.append(0.0 if place < slots else waits)
+            ahead += self._work.seconds(sequence)
+        return times
+
+    # -- Measures --------------------------------------------------------------------------
+
+    def _measure(self, sequence: Sequence) -> float:
+        return self._work.seconds(sequence) + self.aging * sequence.arrived_at
+
+    def _served(self, sequence: Sequence, seconds: float) -> None:
+        """Its rank is worked out at the next plan: its new token is not there yet."""
+        sequence.rank = None
+        if sequence.generated >= sequence.expected * 2**sequence.level:
+            sequence.level = min(sequence.level + 1, self._mlfq.levels - 1)
+
+    def _until_change(
+        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
+    ) -> float:
+        """Service improves a place until the sequence outlives its estimate: then the chosen must
+        not fall behind the best of the others, and a level must not change."""
+        best = min(
+            (self._measure(s) for s in others if s.standing is Standing.ORDINARY),
+            default=math.inf,
+        )
+        tokens = min((self._steady_tokens(s, best) for s in chosen), default=math.inf)
+        fastest = self._cost.model.seconds(Work(sequences=1))
+        seconds = max(0.0, tokens - 1) * fastest if tokens < math.inf else math.inf
+        return min(seconds, self._retune_at - now) if others else seconds
+
+    def _steady_tokens(self, sequence: Sequence, best: float) -> float:
+        """Tokens that it can generate before its level changes or its measure exceeds `best`."""
+        tokens = math.inf
+        if sequence.level < self._mlfq.levels - 1:
+            tokens = sequence.expected * 2**sequence.level - sequence.generated
+        if best < math.inf and sequence.standing is Standing.ORDINARY:
+            room = (best - self.aging * sequence.arrived_at) / self._work.token_seconds
+            tokens = min(tokens, 4 * room - sequence.generated)
+        return tokens
+
+    # -- The load --------------------------------------------------------------------------
+
+    def _retune(self, sequences: Collection[Sequence], now: float) -> bool:
+        service = self._work.mean_seconds
+        changed = super()._retune(sequences, now)
+        return self._follow_ages(sequences, service, now) or changed
+
+    def _follow_ages(self, sequences: Collection[Sequence], service: float, now: float) -> bool:
+        """True if the factor has changed. The mean age is smoothed over a service time."""
+        if not self._knob or not sequences or service <= 0:
+            return False
+        age = sum(now - s.arrived_at for s in sequences) / len(sequences)
+        if self._age is not None:
+            age = self._age + (age - self._age) * -math.expm1((self._tuned_at - now) / service)
+        self._age, self._tuned_at = age, now
+        ratio = service / age if age > 0 else math.inf
+        factor = min(_AGING * self._knob * ratio * ratio, _MOST_AGING)
+        if abs(factor - self.aging) <= _DRIFT * self.aging:
+            return False
+        self.aging = factor
+        return True
+
+
+class SrptOracle(PreemptivePolicy):
+    """By remaining work, taking estimates for the truth: a bound for experiments. Nobody is aged
+    or guarded, and a request without an estimate is expected to be as long as it may be."""
+
+    def __init__(self, cost: CostTracker) -> None:
+        super().__init__(RemainingWork(cost), promote_after=math.inf, quantum=0.0)
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """Take its length from the estimate."""
+        super().join(sequence, tokens, now)
+        request = sequence.request
+        most, estimate = request.stopping.max_tokens, request.estimate
+        sequence.expected = most if estimate is None else min(estimate.tokens, most)
+
+    def next_run(self, ranked: Items[Sequence], slots: int, now: float) -> list[float]:
+        """The work of all before it, `slots` at a time."""
+        ahead, times = 0.0, []
+        for place, sequence in enumerate(ranked):
+            times.append(0.0 if place < slots else ahead / slots)
+            ahead += self._measure(sequence)
+        return times
+
+    def _measure(self, sequence: Sequence) -> float:
+        seconds = max(0.0, sequence.expected - sequence.generated) * self._work.token_seconds
+        uncomputed = sequence.uncomputed
+        return seconds if uncomputed == 1 else seconds + self._work.catching_up(uncomputed)
+
+    def _served(self, sequence: Sequence, seconds: float) -> None:
+        sequence.rank = None
+
+    def _until_change(
+        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
+    ) -> float:
+        """Service only improves a place."""
+        return self._retune_at - now if others else math.inf

@@ -1,0 +1,179 @@
+"""What preemptive policies share: the starved and the urgent come first.
+
+Within a priority class:
+
+    STARVED    has waited `promote_after` seconds without running. It comes first until it has had
+               a quantum, the longest wait before others, and is ordinary again.
+    URGENT     has a deadline that it would miss if it waited much longer, and can still make it,
+               as far as its length is predicted well. The earliest deadline first.
+    ORDINARY   in the policy's own order.
+
+So starvation is bounded for any traffic: of N sequences of a class, with no higher class wanting
+service, one that can be given memory is in a batch of B at the latest
+
+    promote_after + SCAN_PAUSE + (N / B + 1) * (quantum + one pass)
+
+seconds after it was there last: only those that have waited longer go before it, and each of them
+gives way when it has had its quantum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Items
+
+from scheduling.remaining import RemainingWork
+from scheduling.sequence import Rank, Sequence, Standing
+
+SCAN_PAUSE = 0.1
+"""Seconds between two looks at all sequences for the starved and the urgent."""
+
+_RETUNES = 16  # per mean service time
+_TIGHT = 0.5  # urgent: with less slack than this share of the remaining time
+
+
+class PreemptivePolicy:
+    """A Policy (scheduling/order.py) whose order changes with service; subclasses say how.
+
+    Ranks are kept in the sequences and worked out again only where something has changed.
+    """
+
+    def __init__(self, work: RemainingWork, *, promote_after: float, quantum: float) -> None:
+        """`promote_after` infinite: nobody counts as starved. Both in seconds."""
+        self._work = work
+        self._promote_after = promote_after
+        self._quantum = quantum
+        self._due = math.inf  # nobody's standing changes before
+        self._retune_at = -math.inf
+
+    # -- For subclasses --------------------------------------------------------------------
+
+    def _measure(self, sequence: Sequence) -> float:
+        """Its place among the ordinary ones of its class, lowest first."""
+        raise NotImplementedError
+
+    def _served(self, sequence: Sequence, seconds: float) -> None:
+        """It was in passes of `seconds`; forget its rank if its measure has changed."""
+        raise NotImplementedError
+
+    def _retune(self, sequences: Collection[Sequence], now: float) -> bool:
+        """Follow what is measured; returns whether all measures have changed with it."""
+        return self._work.measure(sequences)
+
+    def _until_change(
+        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
+    ) -> float:
+        """As `Policy.steady`, for the measures and levels."""
+        raise NotImplementedError
+
+    # -- The policy ------------------------------------------------------------------------
+
+    def join(self, sequence: Sequence, tokens: int, now: float) -> None:
+        """It waits from now on."""
+        sequence.waiting_since = now
+        sequence.rank = None
+        self._work.join(sequence)
+        self._due = min(self._due, now + self._promote_after, self._turns_urgent(sequence))
+
+    def rank(self, sequence: Sequence) -> Rank:
+        """By standing, then by the policy's measure."""
+        known = sequence.rank
+        if known is None:
+            request, standing = sequence.request, sequence.standing
+            known = sequence.rank = (
+                -request.priority,
+                standing,
+                self._measure(sequence) if standing is Standing.ORDINARY else _first(sequence),
+                sequence.arrived_at,
+                request.id,
+                sequence.index,
+            )
+        return known
+
+    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+        """Service that a starved sequence is given as such counts for nothing else."""
+        sequence.waiting_since = now
+        self._work.ran(now)
+        if sequence.standing is Standing.STARVED:
+            sequence.credit -= seconds
+            if sequence.credit > 0:
+                return
+            seconds, sequence.credit = -sequence.credit, 0.0
+            self._stand(sequence, Standing.ORDINARY)
+        self._served(sequence, seconds)
+
+    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Look for the starved and the urgent, if there can be any; now and then, at the load."""
+        if now >= self._retune_at:
+            sequences = list(sequences)
+            if self._retune(sequences, now):
+                for sequence in sequences:
+                    if sequence.standing is Standing.ORDINARY:
+                        sequence.rank = None
+            self._retune_at = now + self._work.mean_seconds / _RETUNES
+        if now >= self._due:
+            self._due = max(self._scan(sequences, now), now + SCAN_PAUSE)
+
+    def lifted_in(self, sequence: Sequence, now: float) -> float:
+        """Seconds until it counts as starved, if it does not run before."""
+        return max(0.0, sequence.waiting_since + self._promote_after - now)
+
+    def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
+        """Until the first quantum ends; if others wait, also until a standing may change."""
+        chosen, others = list(chosen), list(others)
+        seconds = self._until_change(chosen, others, now)
+        if others:
+            credits = (s.credit for s in chosen if s.standing is Standing.STARVED)
+            seconds = min(seconds, self._due - now, *credits)
+        return max(0.0, seconds)
+
+    # -- Standings -------------------------------------------------------------------------
+
+    def _scan(self, sequences: Iterable[Sequence], now: float) -> float:
+        """Give everybody the standing that is due; returns when the next one is."""
+        due = math.inf
+        for sequence in sequences:
+            if sequence.standing is Standing.STARVED:
+                continue
+            starves = sequence.waiting_since + self._promote_after
+            if starves <= now:
+                sequence.credit = self._quantum
+                self._stand(sequence, Standing.STARVED)
+                continue
+            due = min(due, starves)
+            if sequence.request.deadline is not None:
+                due = min(due, self._heed_deadline(sequence, sequence.request.deadline, now))
+        return due
+
+    def _heed_deadline(self, sequence: Sequence, deadline: float, now: float) -> float:
+        """Set whether it is urgent; returns when that may change. Once urgent it remains so until
+        it is too late: as it runs, its slack stays and the time it needs shrinks."""
+        too_late = deadline - self._work.seconds(sequence)
+        if now > too_late:
+            self._stand(sequence, Standing.ORDINARY)
+            return math.inf
+        turns = self._turns_urgent(sequence)
+        if now < turns and sequence.standing is not Standing.URGENT:
+            return turns
+        self._stand(sequence, Standing.URGENT)
+        return too_late
+
+    def _turns_urgent(self, sequence: Sequence) -> float:
+        deadline = sequence.request.deadline
+        if deadline is None:
+            return math.inf
+        return deadline - (1 + _TIGHT) * self._work.seconds(sequence)
+
+    def _stand(self, sequence: Sequence, standing: Standing) -> None:
+        if sequence.standing is not standing:
+            sequence.standing = standing
+            sequence.rank = None
+
+
+def _first(sequence: Sequence) -> float:
+    """Its place among the starved, or among the urgent."""
+    if sequence.standing is Standing.STARVED:
+        return sequence.waiting_since
+    deadline = sequence.request.deadline
+    return math.inf if deadline is None else deadline
