@@ -38,10 +38,12 @@ class Samples:
         return self._values[point, metric]
 
     def compare(self, over: Point, under: Point, metric: str) -> None:
-        """Also report how many times `over` is `under`, seed by seed: the record has the load
-        and the axis of `over`, the policy "over / under" and the metric with "_ratio" added."""
+        """Also report how many times `over` is `under`, seed by seed: the record has the load of
+        `over` and the axis of whichever has one, the policy "over / under" and the metric with
+        "_ratio" added."""
         found = ratio(self.values(over, metric), self.values(under, metric))
-        pair = Point(f"{over.policy} / {under.policy}", over.load, over.axis, over.at)
+        swept = over if over.axis else under
+        pair = Point(f"{over.policy} / {under.policy}", over.load, swept.axis, swept.at)
         self._ratios.append(self._record(pair, f"{metric}_ratio", found))
 
     def records(self) -> list[Record]:
