@@ -88,17 +88,20 @@ class LinearCost:
 
     @classmethod
     def fit(cls, steps: Collection[StepRecord]) -> LinearCost:
-        """Least squares over recorded passes. A term that would come out negative is left out,
-        as no pass gets faster with more work. Raises ValueError without steps."""
+        """Least squares of the relative errors over recorded passes: what disturbs a pass costs
+        a share of its time, and a step of generation is not to vanish beside a long prompt. A
+        term that would come out negative is left out, as no pass gets faster with more work.
+        Raises ValueError without steps."""
         if not steps:
             raise ValueError("no steps to fit a cost model to")
         terms = np.array([(1.0, *astuple(step.work)) for step in steps])  # [steps, 5]
-        seconds = np.array([step.seconds for step in steps])
-        scale = np.maximum(terms.max(axis=0), 1.0)
+        seconds = np.maximum([step.seconds for step in steps], 1e-9)
+        terms /= seconds[:, None]
+        scale = np.maximum(terms.max(axis=0), 1e-12)
         used = list(range(terms.shape[1]))
-        coefficients = np.zeros(terms.shape[1])
+        coefficients, ones = np.zeros(terms.shape[1]), np.ones(len(terms))
         while used:
-            found = np.linalg.lstsq(terms[:, used] / scale[used], seconds, rcond=None)[0]
+            found = np.linalg.lstsq(terms[:, used] / scale[used], ones, rcond=None)[0]
             if (found >= 0).all():
                 coefficients[used] = found / scale[used]
                 break

@@ -43,7 +43,17 @@ def test_no_coefficient_is_ever_negative() -> None:
     steps = [StepRecord(Work(tokens, 100 * tokens), 0.02 - 0.0001 * tokens) for tokens in range(50)]
     found = LinearCost.fit(steps)
     assert min(astuple(found)) >= 0
-    assert found.base == pytest.approx(0.0175, rel=0.01)
+    assert found.base == pytest.approx(0.0175, rel=0.02)
+
+
+def test_long_prompts_do_not_drown_short_steps() -> None:
+    """Each long prompt takes a tenth more or less than the model says: a hundred short steps."""
+    true = LinearCost(0.002, 0.002, 0.0, 0.001)
+    works = [Work(prompt_tokens=n) for n in (500, 505, 510, 515)]
+    steps = [StepRecord(w, true.seconds(w) * (0.9 + 0.2 * (i % 2))) for i, w in enumerate(works)]
+    steps += [StepRecord(w, true.seconds(w)) for n in range(1, 9) if (w := Work(sequences=n))]
+    found = LinearCost.fit(steps)
+    assert found.seconds(Work(sequences=1)) == pytest.approx(0.003, rel=0.02)
 
 
 def test_one_step_is_enough_for_a_guess_and_none_is_refused() -> None:
