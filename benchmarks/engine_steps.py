@@ -1,4 +1,4 @@
-"""Step time of the engine beside transformers: `baton bench engine`.
+"""Step time of the engine, beside transformers and as a cost model: `baton bench engine`.
 
 Runs the demo model and a random Llama of SmolLM-135M's shape, with 1, 8 and 32 sequences.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from transformers.utils import logging
 
 import demo_model
 from engine.bench import Row, measure, random_llama
+from engine.fit import Fit, fit
+from engine.model.load import load_executor
+
+HOST_KV_MEMORY = 64 * 2**20
 
 
 @click.command()
@@ -25,25 +30,39 @@ from engine.bench import Row, measure, random_llama
 @click.option("--context", default=128, show_default=True, help="tokens of each prompt")
 @click.option("--threads", default=0, help="torch threads; all cores if 0")
 @click.option("--batch", "batches", multiple=True, default=(1, 8, 32), show_default=True, type=int)
+@click.option(
+    "--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True
+)
+@click.option("--model", type=click.Path(path_type=Path), help="a model directory instead of both")
+@click.option("--compare/--no-compare", default=True, help="beside transformers, or the fit only")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="also write the rows here")
 @click.option("--plot", type=click.Path(path_type=Path), help="also draw them here, as a PNG")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="also write the cost model of the first model and dtype here, for the simulator",
+)
 def main(
     steps: int,
     context: int,
     threads: int,
     batches: tuple[int, ...],
+    dtypes: tuple[str, ...],
+    model: Path | None,
+    compare: bool,
     file: Path | None,
     plot: Path | None,
+    profile: Path | None,
 ) -> None:
-    """Time generation steps of the engine and of transformers, in turn."""
+    """Time generation steps of the engine and of transformers, in turn; then passes of many
+    shapes, and fit the simulator's cost model to them."""
     console = Console(stderr=True)
     logging.disable_progress_bar()
     rows: list[Row] = []
+    fits: list[Fit] = []
     with tempfile.TemporaryDirectory() as directory, console.status("") as status:
-        status.update("making a random Llama of 135M parameters")
-        random_llama(Path(directory))
-        for path, name in ((demo_model.path(), "demo"), (Path(directory), "random 135M")):
-            for dtype in ("bfloat16", "float32"):
+        for path, name in models(model, Path(directory), status.update):
+            for dtype in dtypes if compare else ():
                 rows += measure(
                     path,
                     name,
@@ -54,7 +73,10 @@ def main(
                     threads=threads,
                     progress=status.update,
                 )
-    Console().print(table(rows))
+            fits.append(fit_of(path, name, dtypes[0], threads, status.update))
+    if rows:
+        Console().print(table(rows))
+    Console().print(costs(fits))
     if file is not None:
         made = [
             asdict(row) | {"tokens_per_second": row.tokens_per_second, "ratio": row.ratio}
@@ -63,6 +85,60 @@ def main(
         file.write_text(json.dumps(made, indent=2) + "\n")
     if plot is not None:
         draw(rows, plot)
+    if profile is not None:
+        fits[0].profile.save(profile)
+
+
+def models(
+    chosen: Path | None, directory: Path, progress: Callable[[str], None]
+) -> list[tuple[Path, str]]:
+    """The directories and names of what is measured."""
+    if chosen is not None:
+        return [(chosen, chosen.name)]
+    progress("making a random Llama of 135M parameters")
+    random_llama(directory)
+    return [(demo_model.path(), "demo"), (directory, "random 135M")]
+
+
+def fit_of(path: Path, name: str, dtype: str, threads: int, progress: Callable[[str], None]) -> Fit:
+    """The cost model of one model."""
+    executor = load_executor(path, dtype=dtype, threads=threads, host_kv_memory=HOST_KV_MEMORY)
+    try:
+        return fit(executor, f"{name} {dtype}", progress=progress)
+    finally:
+        executor.close()
+
+
+def costs(fits: list[Fit]) -> Table:
+    """The cost models as people read them."""
+    result = Table(title="Cost of a pass, and of a KV block to the host or back")
+    result.add_column("model", no_wrap=True)
+    for heading in (
+        "base ms",
+        "us per prompt token",
+        "ns per attention",
+        "us per sequence",
+        "ns per context",
+        "median error",
+        "us per swapped block",
+        "GB/s",
+    ):
+        result.add_column(heading, justify="right")
+    for one in fits:
+        profile = one.profile
+        swap = profile.swap_seconds_per_block
+        result.add_row(
+            profile.name,
+            f"{profile.base * 1e3:.2f}",
+            f"{profile.per_token * 1e6:.1f}",
+            f"{profile.per_attention * 1e9:.1f}",
+            f"{profile.per_sequence * 1e6:.1f}",
+            f"{profile.per_context * 1e9:.1f}",
+            f"{one.median_error:.1%}",
+            f"{swap * 1e6:.1f}",
+            f"{profile.block_bytes / swap / 1e9:.1f}",
+        )
+    return result
 
 
 def draw(rows: list[Row], file: Path) -> None:
