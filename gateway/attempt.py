@@ -75,7 +75,7 @@ class Attempt:
     async def run(self) -> None:
         """Serve the request."""
         self._session.move(State.RESERVING)
-        self._slot = self._workers.decode.open(self)
+        self._slot = self._workers.decode.open(self, self._session.job.request.sampling.n)
         work = asyncio.create_task(self._work(), name=f"attempt {self._session.id}")
         try:
             await asyncio.wait({work, self._failure}, return_when=asyncio.FIRST_COMPLETED)

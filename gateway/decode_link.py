@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.1
 MAX_RECONNECT_SECONDS = 2.0
+QUIET_SECONDS = 0.5
 MAX_RESERVING = 16  # requests that wait for the worker's word on room: a full one refuses them all
 
 
@@ -74,6 +75,8 @@ class DecodeLink:
         self._on_change = on_change
         self._ahead = ahead
         self._listeners: dict[int, SlotListener] = {}
+        self._sequences: dict[int, int] = {}  # by slot
+        self._others = 0  # sequences of other gateways, at the last word on the load
         self._reserving: set[int] = set()  # slots the worker has not answered for
         self._numbers = itertools.count(1)
         self._commands: asyncio.Queue[DecodeRequest] = asyncio.Queue()
@@ -90,9 +93,9 @@ class DecodeLink:
 
     @property
     def pressure(self) -> int:
-        """Sequences on the worker, and requests that are on their way to it."""
-        load = self.load
-        return len(self._reserving) + (load.running + load.waiting if load else 0)
+        """Sequences on the worker or on their way to it: our own as of now, those of other
+        gateways as of the worker's last word."""
+        return sum(self._sequences.values()) + self._others
 
     @property
     def openings(self) -> int:
@@ -112,13 +115,12 @@ class DecodeLink:
     def candidate(self, mean: float) -> Candidate:
         """As routers see it. Outputs have `mean` tokens where nothing was predicted."""
         mine = sum(listener.expected_left(mean) for listener in self._listeners.values())
-        others = max(0, self.pressure - len(self._listeners))
         return Candidate(
             id=self.record.id,
             sequences=self.pressure,
             free_blocks=self.free_blocks,
             total_blocks=self.record.capacity_blocks,
-            outstanding_tokens=mine + round(others * mean),
+            outstanding_tokens=mine + round(self._others * mean),
         )
 
     def accepts(self, now: float) -> bool:
@@ -128,12 +130,21 @@ class DecodeLink:
         rested = not self.rest.is_resting(now)
         return self.connected and listed and rested and self.openings > 0
 
-    def open(self, listener: SlotListener) -> int:
+    def update(self, record: WorkerRecord, now: float) -> None:
+        """What the registry knows. Its load stands where the worker has told us nothing lately,
+        as it has no reason to while we have nothing there."""
+        self.record = record
+        if record.load is not None and now - self.heard_at > QUIET_SECONDS:
+            self._note(record.load)
+            self._on_change()
+
+    def open(self, listener: SlotListener, sequences: int = 1) -> int:
         """A new slot. Raises WorkerFailed when the stream is down."""
         if not self.connected:
             raise WorkerFailed(f"decode worker {self.record.id} is not connected")
         slot = next(self._numbers)
         self._listeners[slot] = listener
+        self._sequences[slot] = sequences
         self._reserving.add(slot)
         return slot
 
@@ -144,6 +155,7 @@ class DecodeLink:
     def close(self, slot: int) -> None:
         """Forget a slot and have the worker free it. Harmless when it is gone already."""
         self._reserving.discard(slot)
+        self._sequences.pop(slot, None)
         if self._listeners.pop(slot, None) is not None:
             self.send(DecodeRequest(abort=AbortSlots(slots=[slot])))
 
@@ -202,15 +214,21 @@ class DecodeLink:
             if listener := self._listeners.get(output.slot):
                 listener.on_output(output)
         if response.HasField("load"):
-            self.load = wire.load_from_proto(response.load)
+            self._note(wire.load_from_proto(response.load))
         if not self.connected:
             log.info("decode worker %s: connected", self.record.id)
             self.connected = True
             self._on_change()
 
+    def _note(self, load: Load) -> None:
+        self.load = load
+        own = sum(n for slot, n in self._sequences.items() if slot not in self._reserving)
+        self._others = max(0, load.running + load.waiting - own)
+
     def _lose(self, reason: str) -> None:
         self.connected = False
         listeners, self._listeners = self._listeners, {}
         self._reserving.clear()
+        self._sequences.clear()
         for listener in listeners.values():
             listener.on_lost(reason)

@@ -165,7 +165,7 @@ class Fleet:
                 await asyncio.gather(stream, return_exceptions=True)
         for worker_id, record in records.items():
             if (known := self.decode.get(worker_id)) is not None:
-                known.record = record
+                known.update(record, now)
             else:
                 log.info("decode worker %s at %s", worker_id, record.address)
                 link = DecodeLink(record, self._gateway_id, self._on_change, self._ahead)

@@ -165,6 +165,7 @@ class FakeWorker:
         self.address = ""
         self.capacity_tokens = 10_000
         self.free_blocks = 1000
+        self.batch_sequences: int | None = None
         self._redis_url, self._pool = redis_url, pool
 
     def add_to(self, server: Server) -> None:
@@ -184,6 +185,7 @@ class FakeWorker:
             capacity_tokens=self.capacity_tokens,
             capacity_blocks=1000,
             max_context=200,
+            batch_sequences=self.batch_sequences,
         )
         self.queue = RedisWorkerQueue(self._redis_url, self._pool, registration, worker_ttl=0.6)
         await self.queue.register()
@@ -405,13 +407,15 @@ class Cluster:
         self.client = Client(self.server.address)
         return self.server
 
-    async def prefill(self, name: str = "prefill-0") -> FakePrefill:
-        return await self._add(FakePrefill(name, self.redis_url, self.pool))
+    async def prefill(self, name: str = "prefill-0", **settings) -> FakePrefill:
+        return await self._add(FakePrefill(name, self.redis_url, self.pool), settings)
 
-    async def decode(self, name: str = "decode-0") -> FakeDecode:
-        return await self._add(FakeDecode(name, self.redis_url, self.pool))
+    async def decode(self, name: str = "decode-0", **settings) -> FakeDecode:
+        return await self._add(FakeDecode(name, self.redis_url, self.pool), settings)
 
-    async def _add(self, worker):
+    async def _add(self, worker, settings):
+        for name, value in settings.items():
+            setattr(worker, name, value)
         self.workers.append(await worker.start())
         return worker
 

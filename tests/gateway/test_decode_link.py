@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from baton.types import Load
@@ -29,7 +31,7 @@ def link(batch: int | None, ahead: float = 0.5) -> DecodeLink:
 
 
 def busy(it: DecodeLink, running: int, waiting: int) -> DecodeLink:
-    it.load = Load(running, waiting, free_blocks=4, total_blocks=10)
+    it.update(replace(it.record, load=Load(running, waiting, 4, 10)), now=1e9)
     return it
 
 
@@ -59,11 +61,32 @@ def test_what_is_on_its_way_counts_as_there():
 
 
 def test_own_requests_are_counted_by_prediction_and_those_of_others_by_the_mean():
-    it = busy(link(8), 3, 0)
+    it = link(8)
     for left in (7, 30):
         slot = it.open(Listener(left))  # type: ignore[arg-type]
         it._reserving.discard(slot)  # the worker has answered, and counts it
+    busy(it, 3, 0)
     seen = it.candidate(100.0)
     assert (seen.sequences, seen.outstanding_tokens) == (3, 7 + 30 + 100)
     assert (seen.free_blocks, seen.total_blocks) == (4, 10)
     assert it.blocks_for(17) == 2
+
+
+def test_a_slot_that_is_closed_makes_room_before_the_worker_says_so():
+    it = link(8)
+    slots = [it.open(Listener(1), sequences=4) for _ in range(3)]  # type: ignore[arg-type]
+    it._reserving.clear()
+    busy(it, 12, 0)
+    assert it.openings == 0
+    it.close(slots[0])
+    assert it.openings == 4
+
+
+def test_the_registry_is_believed_where_the_worker_has_been_silent():
+    it = busy(link(8), 8, 4)
+    it.heard_at = 100.0
+    idle = replace(it.record, load=Load(0, 0, 10, 10))
+    it.update(idle, now=100.4)
+    assert it.openings == 0
+    it.update(idle, now=100.6)
+    assert it.openings == 12
