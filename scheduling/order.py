@@ -4,7 +4,7 @@ on the same engine."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class Policy(Protocol):
         a row that took `seconds` together, no more than `steady` had said."""
         ...
 
-    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+    def promote(self, sequences: Collection[Sequence], now: float) -> None:
         """Called before each plan with everything that can run."""
         ...
 
@@ -76,7 +76,7 @@ class Fcfs:
     def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
         """Service changes nothing."""
 
-    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+    def promote(self, sequences: Collection[Sequence], now: float) -> None:
         """Nobody can be overtaken, so nobody starves."""
 
     def next_run(self, ranked: Items[Sequence], slots: int, now: float) -> list[float]:

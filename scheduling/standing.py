@@ -44,7 +44,8 @@ class PreemptivePolicy:
         self._work = work
         self._promote_after = promote_after
         self._quantum = quantum
-        self._due = math.inf  # nobody's standing changes before
+        self._starves_at = math.inf  # nobody does before
+        self._turns_at = math.inf  # nobody turns urgent, or too late, before
         self._retune_at = -math.inf
 
     # -- For subclasses --------------------------------------------------------------------
@@ -74,7 +75,10 @@ class PreemptivePolicy:
         sequence.waiting_since = now
         sequence.rank = None
         self._work.join(sequence)
-        self._due = min(self._due, now + self._promote_after, self._turns_urgent(sequence))
+        self._starves_at = min(self._starves_at, now + self._promote_after)
+        if sequence.request.deadline is not None:
+            turns = self._turns_urgent(sequence, sequence.request.deadline)
+            self._turns_at = min(self._turns_at, turns)
 
     def rank(self, sequence: Sequence) -> Rank:
         """By standing, then by the policy's measure."""
@@ -103,17 +107,18 @@ class PreemptivePolicy:
             self._stand(sequence, Standing.ORDINARY)
         self._served(sequence, seconds)
 
-    def promote(self, sequences: Iterable[Sequence], now: float) -> None:
+    def promote(self, sequences: Collection[Sequence], now: float) -> None:
         """Look for the starved and the urgent, if there can be any; now and then, at the load."""
         if now >= self._retune_at:
-            sequences = list(sequences)
             if self._retune(sequences, now):
                 for sequence in sequences:
                     if sequence.standing is Standing.ORDINARY:
                         sequence.rank = None
             self._retune_at = now + self._work.mean_seconds / _RETUNES
-        if now >= self._due:
-            self._due = max(self._scan(sequences, now), now + SCAN_PAUSE)
+        if now >= self._starves_at:
+            self._starves_at = max(self._find_starved(sequences, now), now + SCAN_PAUSE)
+        if now >= self._turns_at:
+            self._turns_at = max(self._heed_deadlines(sequences, now), now + SCAN_PAUSE)
 
     def lifted_in(self, sequence: Sequence, now: float) -> float:
         """Seconds until it counts as starved, if it does not run before."""
@@ -125,44 +130,49 @@ class PreemptivePolicy:
         seconds = self._until_change(chosen, others, now)
         if others:
             credits = (s.credit for s in chosen if s.standing is Standing.STARVED)
-            seconds = min(seconds, self._due - now, *credits)
+            seconds = min(seconds, self._starves_at - now, self._turns_at - now, *credits)
         return max(0.0, seconds)
 
     # -- Standings -------------------------------------------------------------------------
 
-    def _scan(self, sequences: Iterable[Sequence], now: float) -> float:
-        """Give everybody the standing that is due; returns when the next one is."""
-        due = math.inf
+    def _find_starved(self, sequences: Iterable[Sequence], now: float) -> float:
+        """Returns when the next one starves that does not run."""
+        latest = now - self._promote_after
+        longest = math.inf
         for sequence in sequences:
             if sequence.standing is Standing.STARVED:
                 continue
-            starves = sequence.waiting_since + self._promote_after
-            if starves <= now:
+            if sequence.waiting_since <= latest:
                 sequence.credit = self._quantum
                 self._stand(sequence, Standing.STARVED)
-                continue
-            due = min(due, starves)
-            if sequence.request.deadline is not None:
-                due = min(due, self._heed_deadline(sequence, sequence.request.deadline, now))
-        return due
+            elif sequence.waiting_since < longest:
+                longest = sequence.waiting_since
+        return longest + self._promote_after
 
-    def _heed_deadline(self, sequence: Sequence, deadline: float, now: float) -> float:
+    def _heed_deadlines(self, sequences: Iterable[Sequence], now: float) -> float:
+        """Returns when to look again: predictions change, so not too late."""
+        due = math.inf
+        for sequence in sequences:
+            deadline = sequence.request.deadline
+            if deadline is not None and sequence.standing is not Standing.STARVED:
+                due = min(due, self._heed(sequence, deadline, now))
+        return min(due, now + self._work.mean_seconds)
+
+    def _heed(self, sequence: Sequence, deadline: float, now: float) -> float:
         """Set whether it is urgent; returns when that may change. Once urgent it remains so until
         it is too late: as it runs, its slack stays and the time it needs shrinks."""
         too_late = deadline - self._work.seconds(sequence)
         if now > too_late:
             self._stand(sequence, Standing.ORDINARY)
             return math.inf
-        turns = self._turns_urgent(sequence)
-        if now < turns and sequence.standing is not Standing.URGENT:
-            return turns
+        if sequence.standing is Standing.ORDINARY:
+            turns = self._turns_urgent(sequence, deadline)
+            if now < turns:
+                return turns
         self._stand(sequence, Standing.URGENT)
         return too_late
 
-    def _turns_urgent(self, sequence: Sequence) -> float:
-        deadline = sequence.request.deadline
-        if deadline is None:
-            return math.inf
+    def _turns_urgent(self, sequence: Sequence, deadline: float) -> float:
         return deadline - (1 + _TIGHT) * self._work.seconds(sequence)
 
     def _stand(self, sequence: Sequence, standing: Standing) -> None:
