@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import grpc.aio
@@ -17,6 +18,7 @@ from baton.v1.model_pb2 import (
     DrainWorkerResponse,
     GetStatusRequest,
     GetStatusResponse,
+    LengthPrediction,
     QueueLevel,
     WatchStatusRequest,
     WatchStatusResponse,
@@ -90,7 +92,17 @@ class AdminService(model_pb2_grpc.AdminServiceServicer):
             ),
             running_requests=len(self._gateway.sessions) - self._gateway.sessions.waiting,
             output_tokens_per_second=self._gateway.output_rate(),
+            length_prediction=self._length_prediction(),
         )
+
+    def _length_prediction(self) -> LengthPrediction | None:
+        lengths = self._gateway.lengths
+        report = lengths.report() if lengths is not None else None
+        if report is None:
+            return None
+        figures = asdict(report)
+        del figures["weight"]
+        return LengthPrediction(**figures)
 
 
 def _worker(record: WorkerRecord) -> WorkerStatus:

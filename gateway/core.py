@@ -15,6 +15,7 @@ from baton.rate import Rate
 from gateway.dispatch import Dispatcher
 from gateway.fleet import Fleet
 from gateway.housekeeping import Housekeeping
+from gateway.lengths import Lengths
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import ModelFacts
 from gateway.pace import Pace
@@ -39,12 +40,15 @@ class Gateway:
         facts: ModelFacts,
         tokenizer: Tokenizer,
         metrics: GatewayMetrics,
+        lengths: Lengths | None = None,
     ) -> None:
+        """`lengths` predicts output lengths; nothing does if it is None."""
         self.config = config
         self.queue = queue
         self.facts = facts
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.lengths = lengths
         self._pace = Pace(config)
         self._dispatcher = Dispatcher(queue, config.max_attempts, self._pace, config.routing)
         self.fleet = Fleet(queue, gateway_id, self._dispatcher.wake, _ahead(config))
@@ -82,6 +86,8 @@ class Gateway:
         self._background.start(self._dispatcher.run(), "dispatch")
         self._background.start(self._housekeeping.run(), "housekeeping")
         self._background.start(self._watch_depth(), "queue depth")
+        if self.lengths is not None:
+            self._background.start(self.lengths.run(), "lengths")
 
     async def drain(self, seconds: float) -> None:
         """Take no new requests; let those that run finish, abort them when the time is up."""
@@ -97,6 +103,8 @@ class Gateway:
         """Stop everything."""
         await self.sessions.close()
         await self._background.stop()
+        if self.lengths is not None:
+            await self.lengths.close()
         await self._dispatcher.close()
         await self.fleet.close()
 
@@ -108,6 +116,8 @@ class Gateway:
                 self._pace.ended(len(output.token_ids))
         now = time.monotonic()
         self.metrics.session_done(session, now)
+        if self.lengths is not None:
+            self.lengths.ended(session)
         log.info(
             "request %s: %s after %.3f s, %d prompt tokens, %d output tokens, labels %s",
             session.id,
@@ -121,6 +131,8 @@ class Gateway:
     async def _watch_depth(self) -> None:
         while True:
             self.output_rate()  # looked at now, so that it is known when somebody asks
+            if self.lengths is not None and (report := self.lengths.report()) is not None:
+                self.metrics.lengths(report)
             now = time.monotonic()
             ages = [now - session.job.request.arrived_at for session in self.sessions]
             self._pace.ages(ages, now)

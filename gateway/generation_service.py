@@ -93,6 +93,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         cap = self._gateway.config.request_timeout
         request.request_id = request.request_id or _header(context, "x-request-id")
         job = await self._validator.validate(request, now)
+        if self._gateway.lengths is not None:
+            job = await self._gateway.lengths.predicted(job)
         deadline = now + (cap if left is None else min(left, cap))
         self._gateway.metrics.prompt_tokens.inc(len(job.request.prompt_ids))
         return replace(job, request=replace(job.request, deadline=deadline))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from baton.types import Request
+from scheduling.length import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +32,4 @@ class Job:
     include_stop: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)  # for the log
     response: ResponseFormat = ResponseFormat()
+    prediction: Prediction | None = None  # of the length of each output, to learn from

@@ -16,6 +16,7 @@ from baton.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 from gateway.admin_service import AdminService
 from gateway.core import Gateway
 from gateway.generation_service import GenerationService
+from gateway.lengths import open_lengths
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import load_facts
 from gateway.model_service import ModelService
@@ -50,6 +51,7 @@ class GatewayServer:
         """
         require_loopback(config.address, insecure_network=config.insecure_network)
         self._config = config
+        metrics = metrics or GatewayMetrics()
         facts = load_facts(model, config.model_name)
         tokenizer = Tokenizer.load(model)
         gateway_id = config.gateway_id or unique_id("gateway")
@@ -57,7 +59,13 @@ class GatewayServer:
             config.redis_url.get_secret_value(), config.pool, gateway_id, _settings(config)
         )
         self.gateway = Gateway(
-            config, gateway_id, self._queue, facts, tokenizer, metrics or GatewayMetrics()
+            config,
+            gateway_id,
+            self._queue,
+            facts,
+            tokenizer,
+            metrics,
+            open_lengths(config, facts, tokenizer.decode, metrics),
         )
         prompts = PromptEncoder(tokenizer, config.max_prompt_bytes)
         validator = Validator(facts, prompts, config, self.gateway.max_context)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from baton.telemetry import LATENCY_BUCKETS, TPOT_BUCKETS, TTFT_BUCKETS
 from gateway.session import Session
 from queueing.contract import LevelDepth
+from scheduling.length_report import LengthReport
 
 
 class GatewayMetrics:
@@ -58,6 +60,18 @@ class GatewayMetrics:
         self.queue_depth = Gauge(
             "baton_queue_depth", "Waiting requests, by MLFQ level", ["level"], registry=registry
         )
+        self.length_predictions = Counter(
+            "baton_length_predictions",
+            "Requests, by who predicted their output length",
+            ["source"],
+            registry=registry,
+        )
+        self.length_quality = Gauge(
+            "baton_length_prediction",
+            "How good recent length predictions were, by figure of the report",
+            ["figure"],
+            registry=registry,
+        )
 
     def session_done(self, session: Session, now: float) -> None:
         """Account for a session that is over."""
@@ -74,6 +88,11 @@ class GatewayMetrics:
                 self.finished.labels(reason=output.ending.reason.name.lower()).inc()
         if session.error is None:
             self.latency.observe(now - session.job.request.arrived_at)
+
+    def lengths(self, report: LengthReport) -> None:
+        """Set how good length predictions are."""
+        for figure, value in asdict(report).items():
+            self.length_quality.labels(figure=figure).set(value)
 
     def depth(self, levels: Iterable[LevelDepth]) -> None:
         """Set the depth of the queue."""

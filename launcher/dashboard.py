@@ -141,6 +141,7 @@ def dashboard(
         _queue(status.levels),
         Text(),
         _workers(status.workers, bar=24 if width >= WIDE else 8),
+        *_lengths(status),
     )
 
 
@@ -184,6 +185,20 @@ def _queue(levels: Sequence[QueueLevel]) -> RenderableType:
             style="" if busy else "dim",
         )
     return table
+
+
+def _lengths(status: ClusterStatus) -> Sequence[RenderableType]:
+    """How good length predictions are, always beside what the majority class alone would give."""
+    if not status.HasField("length_prediction"):
+        return ()
+    found = status.length_prediction
+    line = (
+        f"output lengths: {found.accuracy:.0%} right "
+        f"(majority class {found.majority_accuracy:.0%}), "
+        f"off by {found.error_tokens:.0f} tokens ({found.majority_error_tokens:.0f}), "
+        f"{found.exceeded:.0%} exceeded"
+    )
+    return Text(), Text(line, "dim")
 
 
 def _workers(workers: Sequence[WorkerStatus], bar: int) -> RenderableType:

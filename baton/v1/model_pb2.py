@@ -26,7 +26,7 @@ from baton.v1 import generation_pb2 as baton_dot_v1_dot_generation__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/model.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"\xa7\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12\x14\n\x0cweight_dtype\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\"^\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.baton.v1.ChatInputH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"<\n\x11GetStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.baton.v1.ClusterStatus\"A\n\x12WatchStatusRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x13WatchStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.baton.v1.ClusterStatus\"\x9a\x01\n\rClusterStatus\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.baton.v1.QueueLevel\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12 \n\x18output_tokens_per_second\x18\x04 \x01(\x01\"x\n\nQueueLevel\x12\r\n\x05level\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12)\n\x06oldest\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe9\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x04 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x05 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\x12\x16\n\x0ehost_kv_blocks\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x18\n\x10steps_per_second\x18\t \x01(\x01\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"-\n\x13\x44rainWorkerResponse\x12\x16\n\x0eheld_sequences\x18\x01 \x01(\r*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xe3\x01\n\x0cModelService\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse2\xee\x01\n\x0c\x41\x64minService\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponse\x12L\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x1d.baton.v1.WatchStatusResponse0\x01\x12J\n\x0b\x44rainWorker\x12\x1c.baton.v1.DrainWorkerRequest\x1a\x1d.baton.v1.DrainWorkerResponseB/\n\x0c\x64\x65v.baton.v1P\x01Z\x1d\x62\x61ton/gen/go/baton/v1;batonv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/model.proto\x12\x08\x62\x61ton.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.baton.v1.Model\"\xa7\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x06 \x03(\t\x12\x14\n\x0cweight_dtype\x18\x07 \x01(\t\x12\x10\n\x08kv_dtype\x18\x08 \x01(\t\"^\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12#\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x13.baton.v1.ChatInputH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x12\n\x10GetStatusRequest\"<\n\x11GetStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.baton.v1.ClusterStatus\"A\n\x12WatchStatusRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x13WatchStatusResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.baton.v1.ClusterStatus\"\xd1\x01\n\rClusterStatus\x12$\n\x06levels\x18\x01 \x03(\x0b\x32\x14.baton.v1.QueueLevel\x12\'\n\x07workers\x18\x02 \x03(\x0b\x32\x16.baton.v1.WorkerStatus\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12 \n\x18output_tokens_per_second\x18\x04 \x01(\x01\x12\x35\n\x11length_prediction\x18\x05 \x01(\x0b\x32\x1a.baton.v1.LengthPrediction\"\xd8\x01\n\x10LengthPrediction\x12\x0c\n\x04seen\x18\x01 \x01(\x04\x12\x10\n\x08\x61\x63\x63uracy\x18\x02 \x01(\x01\x12\x19\n\x11majority_accuracy\x18\x03 \x01(\x01\x12\x14\n\x0c\x65rror_tokens\x18\x04 \x01(\x01\x12\x1d\n\x15majority_error_tokens\x18\x05 \x01(\x01\x12\x15\n\rerror_buckets\x18\x06 \x01(\x01\x12\x19\n\x11\x63\x61libration_error\x18\x07 \x01(\x01\x12\x10\n\x08\x65xceeded\x18\x08 \x01(\x01\x12\x10\n\x08reserved\x18\t \x01(\x01\"x\n\nQueueLevel\x12\r\n\x05level\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12)\n\x06oldest\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe9\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.baton.v1.WorkerRole\x12\x19\n\x11running_sequences\x18\x03 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x04 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x05 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x06 \x01(\r\x12\x16\n\x0ehost_kv_blocks\x18\x07 \x01(\r\x12\x10\n\x08\x64raining\x18\x08 \x01(\x08\x12\x18\n\x10steps_per_second\x18\t \x01(\x01\"\'\n\x12\x44rainWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"-\n\x13\x44rainWorkerResponse\x12\x16\n\x0eheld_sequences\x18\x01 \x01(\r*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32\xe3\x01\n\x0cModelService\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponse2\xee\x01\n\x0c\x41\x64minService\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponse\x12L\n\x0bWatchStatus\x12\x1c.baton.v1.WatchStatusRequest\x1a\x1d.baton.v1.WatchStatusResponse0\x01\x12J\n\x0b\x44rainWorker\x12\x1c.baton.v1.DrainWorkerRequest\x1a\x1d.baton.v1.DrainWorkerResponseB/\n\x0c\x64\x65v.baton.v1P\x01Z\x1d\x62\x61ton/gen/go/baton/v1;batonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.model_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014dev.baton.v1P\001Z\035baton/gen/go/baton/v1;batonv1'
-  _globals['_WORKERROLE']._serialized_start=1381
-  _globals['_WORKERROLE']._serialized_end=1471
+  _globals['_WORKERROLE']._serialized_start=1655
+  _globals['_WORKERROLE']._serialized_end=1745
   _globals['_LISTMODELSREQUEST']._serialized_start=93
   _globals['_LISTMODELSREQUEST']._serialized_end=112
   _globals['_LISTMODELSRESPONSE']._serialized_start=114
@@ -59,17 +59,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSTATUSRESPONSE']._serialized_start=714
   _globals['_WATCHSTATUSRESPONSE']._serialized_end=776
   _globals['_CLUSTERSTATUS']._serialized_start=779
-  _globals['_CLUSTERSTATUS']._serialized_end=933
-  _globals['_QUEUELEVEL']._serialized_start=935
-  _globals['_QUEUELEVEL']._serialized_end=1055
-  _globals['_WORKERSTATUS']._serialized_start=1058
-  _globals['_WORKERSTATUS']._serialized_end=1291
-  _globals['_DRAINWORKERREQUEST']._serialized_start=1293
-  _globals['_DRAINWORKERREQUEST']._serialized_end=1332
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=1334
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=1379
-  _globals['_MODELSERVICE']._serialized_start=1474
-  _globals['_MODELSERVICE']._serialized_end=1701
-  _globals['_ADMINSERVICE']._serialized_start=1704
-  _globals['_ADMINSERVICE']._serialized_end=1942
+  _globals['_CLUSTERSTATUS']._serialized_end=988
+  _globals['_LENGTHPREDICTION']._serialized_start=991
+  _globals['_LENGTHPREDICTION']._serialized_end=1207
+  _globals['_QUEUELEVEL']._serialized_start=1209
+  _globals['_QUEUELEVEL']._serialized_end=1329
+  _globals['_WORKERSTATUS']._serialized_start=1332
+  _globals['_WORKERSTATUS']._serialized_end=1565
+  _globals['_DRAINWORKERREQUEST']._serialized_start=1567
+  _globals['_DRAINWORKERREQUEST']._serialized_end=1606
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=1608
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=1653
+  _globals['_MODELSERVICE']._serialized_start=1748
+  _globals['_MODELSERVICE']._serialized_end=1975
+  _globals['_ADMINSERVICE']._serialized_start=1978
+  _globals['_ADMINSERVICE']._serialized_end=2216
 # @@protoc_insertion_point(module_scope)

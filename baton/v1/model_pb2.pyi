@@ -349,6 +349,7 @@ class ClusterStatus(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LENGTH_PREDICTION_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     """Requests that workers have, of the gateway that is asked."""
     output_tokens_per_second: _builtins.float
@@ -361,6 +362,10 @@ class ClusterStatus(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Live workers."""
 
+    @_builtins.property
+    def length_prediction(self) -> Global___LengthPrediction:
+        """How good predictions of output lengths are; unset until some were judged."""
+
     def __init__(
         self,
         *,
@@ -368,14 +373,71 @@ class ClusterStatus(_message.Message):
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         running_requests: _builtins.int = ...,
         output_tokens_per_second: _builtins.float = ...,
+        length_prediction: Global___LengthPrediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["length_prediction", b"length_prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["levels", b"levels", "output_tokens_per_second", b"output_tokens_per_second", "running_requests", b"running_requests", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length_prediction", b"length_prediction", "levels", b"levels", "output_tokens_per_second", b"output_tokens_per_second", "running_requests", b"running_requests", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class LengthPrediction(_message.Message):
+    """How good predictions of output lengths were: averages over recent outputs of the pool, each
+    judged by what was said before it was generated.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEEN_FIELD_NUMBER: _builtins.int
+    ACCURACY_FIELD_NUMBER: _builtins.int
+    MAJORITY_ACCURACY_FIELD_NUMBER: _builtins.int
+    ERROR_TOKENS_FIELD_NUMBER: _builtins.int
+    MAJORITY_ERROR_TOKENS_FIELD_NUMBER: _builtins.int
+    ERROR_BUCKETS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_ERROR_FIELD_NUMBER: _builtins.int
+    EXCEEDED_FIELD_NUMBER: _builtins.int
+    RESERVED_FIELD_NUMBER: _builtins.int
+    seen: _builtins.int
+    """Outputs that were ever learnt from."""
+    accuracy: _builtins.float
+    """Share of outputs in the bucket of lengths that was named as the most likely one."""
+    majority_accuracy: _builtins.float
+    """The same for whoever always names the most frequent bucket: without it, accuracy says nothing."""
+    error_tokens: _builtins.float
+    """Mean absolute error in tokens."""
+    majority_error_tokens: _builtins.float
+    """The same for whoever always names the mean length."""
+    error_buckets: _builtins.float
+    """Mean absolute error in buckets."""
+    calibration_error: _builtins.float
+    """Expected calibration error: how far stated probabilities are from what came true."""
+    exceeded: _builtins.float
+    """Share of outputs that were longer than the KV memory predicted for them."""
+    reserved: _builtins.float
+    """Tokens predicted for KV memory per output token."""
+    def __init__(
+        self,
+        *,
+        seen: _builtins.int = ...,
+        accuracy: _builtins.float = ...,
+        majority_accuracy: _builtins.float = ...,
+        error_tokens: _builtins.float = ...,
+        majority_error_tokens: _builtins.float = ...,
+        error_buckets: _builtins.float = ...,
+        calibration_error: _builtins.float = ...,
+        exceeded: _builtins.float = ...,
+        reserved: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracy", b"accuracy", "calibration_error", b"calibration_error", "error_buckets", b"error_buckets", "error_tokens", b"error_tokens", "exceeded", b"exceeded", "majority_accuracy", b"majority_accuracy", "majority_error_tokens", b"majority_error_tokens", "reserved", b"reserved", "seen", b"seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthPrediction: _TypeAlias = LengthPrediction  # noqa: Y015
 
 @_typing.final
 class QueueLevel(_message.Message):

@@ -121,6 +121,15 @@ def test_everything_is_shown_at_common_widths(width: int, bar: str):
     assert not any("…" in line for line in lines)
 
 
+def test_length_predictions_are_shown_beside_the_majority_class():
+    assert not any("output lengths" in line for line in drawn(STATUS, 120))
+    status = ClusterStatus()
+    status.CopyFrom(STATUS)
+    status.length_prediction.accuracy = 0.74
+    status.length_prediction.majority_accuracy = 0.21
+    assert "output lengths: 74% right (majority class 21%)" in drawn(status, 120)[-1]
+
+
 def test_a_cluster_without_workers_says_so():
     assert "no workers" in drawn(ClusterStatus(), 80)
 
