@@ -20,32 +20,28 @@ from engine.recording import (
 )
 from engine.simulated import CostModelExecutor, checksum_token
 from scheduling.cost import CostTracker, LinearCost
-from scheduling.decode import DecodeScheduler
 from scheduling.events import Prefilled, PrefillStarted
 from scheduling.order import policy_from
-from scheduling.plan import Capacity, Sampled, StepResult
+from scheduling.plan import Capacity
 from scheduling.prefill import PrefillScheduler
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 from scheduling.simulator import record
-from scheduling.simulator.record import Record, read_run
+from scheduling.simulator.record import read_run
+from scheduling.simulator.replay import replay
 
 CAPACITY = Capacity(
     blocks=24, block_size=4, max_tokens=16, max_sequences=4, max_context=64, host_blocks=24
 )
 
 
-def scheduler_for(config: Any, recorder: RunRecorder | None = None) -> Any:
-    """The scheduler of a worker."""
+def scheduler_for(config: Any, recorder: RunRecorder) -> Any:
+    """The scheduler of a worker that records."""
     cost = CostTracker()
     policy, most = policy_from(config, cost), config.max_waiting
     if isinstance(config, PrefillConfig):
-        if recorder is None:
-            return PrefillScheduler(CAPACITY, policy, max_waiting=most, cost=cost)
         return RecordedPrefillScheduler(CAPACITY, policy, recorder, max_waiting=most, cost=cost)
     rules = Rules.of(config)
-    if recorder is None:
-        return DecodeScheduler(CAPACITY, policy, max_waiting=most, rules=rules, cost=cost)
     return RecordedDecodeScheduler(
         CAPACITY, policy, recorder, max_waiting=most, rules=rules, cost=cost
     )
@@ -145,43 +141,12 @@ class Traffic:
         return True
 
 
-def replay(one: Record, scheduler: Any, state: dict[str, Any]) -> None:
-    """Make a recorded call; `state` holds the running plan and the sequences that are reserved."""
-    match one:
-        case record.Submit(now, request, refused) | record.Reserve(now, request, refused):
-            call = scheduler.submit if isinstance(one, record.Submit) else scheduler.reserve
-            try:
-                state[request.id] = call(request.request(), now)
-            except BatonError:
-                assert refused
-            else:
-                assert not refused
-        case record.Arrived(now, request_id, token):
-            scheduler.arrived(state[request_id], token, now)
-        case record.Lost(now, request_id, token):
-            scheduler.lost(state[request_id], token, now)
-        case record.Abort(now, request_id):
-            scheduler.abort(request_id, now)
-        case record.Quiet(request_id):
-            scheduler.quiet(state[request_id])
-        case record.Release(blocks):
-            scheduler.release(blocks)
-        case record.Plan(now):
-            state["plan"] = scheduler.plan(now)
-            assert record.Plan.of(state["plan"], now) == one
-        case record.Apply(now, seconds, sampled, swapped):
-            tokens = tuple(None if token is None else Sampled(token) for token in sampled)
-            result = StepResult(tokens, ((),) * len(tokens), seconds, swapped)
-            scheduler.apply(state["plan"], result, now)
-        case record.Fail(now):
-            scheduler.fail(state["plan"], now)
-
-
 CONFIGS = [
     PrefillConfig(policy="fcfs", max_waiting=6),
     PrefillConfig(policy="skip-join-mlfq", max_waiting=6, mlfq_quantum=0.02),
     DecodeConfig(policy="fcfs", max_waiting=6),
     DecodeConfig(policy="skip-join-mlfq", max_waiting=6, mlfq_quantum=0.02),
+    DecodeConfig(policy="predicted-srpt", max_waiting=6, admission="reserve-predicted"),
     DecodeConfig(policy="skip-join-mlfq", preemption="swap", mlfq_quantum=0.02),
     DecodeConfig(policy="fcfs", preemption="swap", swapping="reactive"),
     DecodeConfig(policy="skip-join-mlfq", preemption="auto", batching="prefill-first"),
@@ -202,16 +167,18 @@ def test_a_fresh_scheduler_that_is_told_the_same_plans_the_same(
     with contextlib.closing(recorder):
         Traffic(scheduler_for(config, recorder), seed).run(calls=150)
 
-    with config.record_run.open() as lines:
-        header, records = read_run(lines)
-        assert (header.role, header.capacity) == (role, CAPACITY)
-        fresh, state = scheduler_for(type(config)(**header.settings)), dict[str, Any]()
-        kinds = set()
-        for one in records:
-            replay(one, fresh, state)
-            kinds.add(type(one))
-    fresh.check_integrity()
+    lines = config.record_run.read_text().splitlines()
+    header, rest = read_run(lines)
+    records = list(rest)
+    assert (header.role, header.capacity) == (role, CAPACITY)
+    result = replay(lines)
+    assert result.difference is None
+    assert result.plans == sum(isinstance(r, record.Plan) and r.digest is not None for r in records)
+    assert result.plans >= 10
+    kinds = {type(one) for one in records}
     assert {record.Submit, record.Plan, record.Apply, record.Abort} <= kinds
+    if getattr(config, "preemption", "recompute") == "swap":
+        assert any(isinstance(one, record.Apply) and one.swapped for one in records)
 
 
 def test_nothing_is_recorded_unless_asked_for_and_a_bad_path_is_told() -> None:
