@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -42,9 +43,9 @@ class Executor(CostModelExecutor):
 class Rig:
     """A worker with its producer."""
 
-    def __init__(self, leasable: int | None = None) -> None:
+    def __init__(self, leasable: int | None = None, policy: str = "fcfs") -> None:
         self.executor = Executor(CAPACITY, LinearCost(0.001, 0, 0), TOKEN_OF)
-        self.scheduler = PrefillScheduler(CAPACITY, make_policy("fcfs"), max_waiting=4)
+        self.scheduler = PrefillScheduler(CAPACITY, make_policy(policy), max_waiting=4)
         self.producer = LeaseProducer(
             self.executor.store,
             LAYOUT,
@@ -169,3 +170,31 @@ async def test_a_draining_worker_takes_nothing_new(rig: Rig) -> None:
     assert rig.worker.load().draining
     with pytest.raises(Unavailable):
         await rig.run(request(3))
+
+
+async def test_a_better_level_goes_between_the_chunks_of_a_long_prompt() -> None:
+    """And what is preempted keeps what it has computed."""
+    async with Rig(policy="skip-join-mlfq") as rig:
+        order: list[str] = []
+        execute = rig.executor.execute
+
+        def watch(plan: StepPlan) -> StepResult:
+            order.extend(chunk.sequence.request.id.partition("/")[0] for chunk in plan.chunks)
+            if len(order) == 2:
+                short.set()
+                assert submitted.wait(10)
+            return execute(plan)
+
+        short, submitted = threading.Event(), threading.Event()
+        rig.executor.execute = watch  # type: ignore[method-assign]
+        long = asyncio.create_task(rig.run(replace(request(80), id="long", level=2)))
+        await asyncio.to_thread(short.wait, 10)
+        better = asyncio.create_task(rig.run(replace(request(32), id="better", level=0)))
+        await asyncio.sleep(0)  # it is in the scheduler now, while a pass runs
+        submitted.set()
+        (ref, done), (first_ref, first) = await asyncio.gather(long, better)
+        assert order == ["long"] * 2 + ["better"] * 2 + ["long"] * 3
+        for one, (lease, prefilled) in (("long", (ref, done)), ("better", (first_ref, first))):
+            expected = expected_tokens(request(80 if one == "long" else 32), 0, TOKEN_OF)[:1]
+            assert list(prefilled.output.token_ids) == expected
+            rig.producer.revoke(lease.lease_id)
