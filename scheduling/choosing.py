@@ -39,17 +39,19 @@ class Chooser:
         self._cost = cost
         self._kv = residency
         self._door = door
-        self._swaps = rules.preemption != "recompute" and capacity.host_blocks > 0
-        self._reactive = self._swaps and rules.swapping == "reactive"
+        # Whether any KV is ever swapped.
+        self.swaps = rules.preemption != "recompute" and capacity.host_blocks > 0
+        self._reactive = self.swaps and rules.swapping == "reactive"
         self._now = 0.0
         self._ranked: list[Sequence] = []
         self._residents: list[Sequence] | None = None  # running ones, worst last; made on demand
         self.head: Sequence | None = None  # the first one for which there is no room
+        self.gave_way = False  # somebody has, since the last choice
 
     @property
     def proactive(self) -> bool:
         """Whether KV is swapped ahead of need."""
-        return self._swaps and not self._reactive
+        return self.swaps and not self._reactive
 
     def choose(self, ranked: list[Sequence], now: float) -> list[Sequence]:
         """The sequences of the next pass, best first. `ranked`: those that run, wait or are
@@ -57,6 +59,7 @@ class Chooser:
         left for them."""
         self._ranked, self._residents, self._now = ranked, None, now
         self.head = None
+        self.gave_way = False
         self._kv.head_blocked = False
         stuck = self._stuck()
         left = self._tokens_for_prompts(stuck)
@@ -155,9 +158,10 @@ class Chooser:
 
     def _give_way(self, sequence: Sequence) -> None:
         """Take the blocks of a running sequence, now."""
+        self.gave_way = True
         swaps = self._kv.swaps
         if (
-            self._swaps
+            self.swaps
             and swaps.has_room(sequence)
             and (self._rules.preemption == "swap" or swaps.costs_less(sequence, self._cost.model))
         ):

@@ -28,7 +28,7 @@ from baton.types import Finish, Load, Logprob, Output, Request
 from scheduling.admission import longest_kv, require_fit
 from scheduling.budget import splitfuse
 from scheduling.choosing import Chooser
-from scheduling.cost import CostTracker, StepRecord
+from scheduling.cost import CostTracker, StepRecord, Work
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
 from scheduling.filling import Door
 from scheduling.group import Group
@@ -39,6 +39,7 @@ from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
+from scheduling.stride import passes_alike
 
 
 class DecodeScheduler:
@@ -229,6 +230,48 @@ class DecodeScheduler:
             self.abort(request_id, now)
         return [RequestFailed(request_id) for request_id in failed]
 
+    # -- Many steps at once ----------------------------------------------------------------
+
+    def stride(self, plan: StepPlan, now: float, seconds: float) -> int:
+        """How many passes in a row, that of the plan just made included, would be this very plan
+        moved on by one token each, if nothing came from outside, each took `seconds`, and nobody
+        sampled a stop token. At least 1; may be too few, never too many."""
+        if plan is not self._plan:
+            raise RuntimeError("this plan does not run")
+        return passes_alike(
+            plan,
+            now,
+            seconds,
+            capacity=self._capacity,
+            rules=self._rules,
+            policy=self._policy,
+            residency=self._kv,
+            chooser=self._chooser,
+        )
+
+    def apply_stride(
+        self, plan: StepPlan, passes: int, token_id: int, seconds: float, now: float
+    ) -> list[DecodeEvent]:
+        """Take what `passes` passes gave, at most as many as `stride` said, that took `seconds` in
+        all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them.
+        One event per sequence."""
+        work = Work.of(plan)
+        self._end_pass(plan)
+        self._drop_doomed()
+        for done in range(passes):
+            then = replace(work, context=work.context + done * work.sequences)
+            self.cost.add(StepRecord(then, seconds / passes))
+        live = [c.sequence for c in plan.chunks if self._is_live(c.sequence)]
+        for sequence in live:
+            self._kv.grow_by(sequence, passes)
+            sequence.tokens += [token_id] * (passes - 1)
+            sequence.computed += passes
+            self._policy.charge(sequence, seconds, now)
+        last = Sampled(token_id)
+        before = (token_id,) * (passes - 1)
+        outputs = [self._emit(sequence, last) for sequence in live]
+        return [replace(output, token_ids=before + output.token_ids) for output in outputs]
+
     # -- Facts -----------------------------------------------------------------------------
 
     @property
@@ -258,6 +301,8 @@ class DecodeScheduler:
             waiting=len(kv.waiting) + len(kv.swapped) + len(kv.moving) - returning,
             free_blocks=kv.blocks.free,
             total_blocks=kv.blocks.total,
+            swapped=len(kv.swapped) + len(kv.moving) - returning,
+            host_blocks=kv.swaps.host.total - kv.swaps.host.free,
         )
 
     def check_integrity(self) -> None:

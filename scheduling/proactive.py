@@ -38,7 +38,7 @@ class ProactiveSwaps:
         self._policy = policy
         self._kv = residency
         self._chooser = chooser
-        self._reserve = int(rules.swap_reserve * capacity.blocks)
+        self._reserve = rules.reserve(capacity)
         self._in_flight = max(1, capacity.blocks // _FLIGHT_SHARE)
 
     def begin(self, ranked: list[Sequence], chosen: list[Sequence], now: float) -> list[Sequence]:

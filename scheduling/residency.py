@@ -244,6 +244,14 @@ class Residency:
             self.reservations.enlarge(sequence, max(0, room))
         return True
 
+    def grow_by(self, sequence: Sequence, tokens: int) -> None:
+        """Give a running sequence all the blocks that it needs to get `tokens` more tokens. There
+        must be room, also in its allotment."""
+        needed = self._capacity.blocks_for(len(sequence.tokens) + tokens - 1)
+        if needed > len(sequence.blocks):
+            sequence.blocks += self.blocks.allocate(needed - len(sequence.blocks))
+            self.reservations.note(sequence)
+
     def lacks_block(self, sequence: Sequence) -> bool:
         """Whether its blocks are full: it has none for the newest token."""
         return len(sequence.tokens) > len(sequence.blocks) * self._capacity.block_size

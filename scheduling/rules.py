@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.config import WorkerConfig
+from scheduling.plan import Capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Rules:
     preemption: Literal["recompute", "swap", "auto"] = "recompute"
     swapping: Literal["proactive", "reactive"] = "proactive"
     swap_reserve: float = 0.05
+
+    def reserve(self, capacity: Capacity) -> int:
+        """Blocks that proactive swapping keeps free."""
+        return int(self.swap_reserve * capacity.blocks)
 
     @classmethod
     def of(cls, config: WorkerConfig) -> Rules:

@@ -1,0 +1,93 @@
+"""How many passes in a row are one plan moved on by a token each: the simulator's fast-forward.
+
+Everything here may be too small, never too large: one pass is always a right answer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scheduling.choosing import Chooser
+from scheduling.order import Policy
+from scheduling.plan import Capacity, StepPlan
+from scheduling.residency import Residency
+from scheduling.rules import Rules
+from scheduling.sequence import Sequence
+
+
+def passes_alike(
+    plan: StepPlan,
+    now: float,
+    seconds: float,
+    *,
+    capacity: Capacity,
+    rules: Rules,
+    policy: Policy,
+    residency: Residency,
+    chooser: Chooser,
+) -> int:
+    """How many passes, the one of `plan` included, would have the same sequences in them if
+    nothing came from outside, nobody stopped early and each took `seconds` from `now` on."""
+    sequences = [chunk.sequence for chunk in plan.chunks]
+    if not sequences or not all(s.generating for s in sequences):
+        return 1
+    if chooser.gave_way or residency.swaps.in_flight or residency.swapped:
+        return 1  # the next plan finds other blocks free than this one did
+    spare = residency.blocks.free
+    if chooser.proactive:
+        reserve = rules.reserve(capacity)
+        if spare >= reserve:
+            spare -= reserve  # below it swaps begin
+        elif len(residency.running) > len(sequences):
+            return 1  # swaps may begin as soon as somebody can be spared for long
+    if chooser.head is not None:
+        still = len(residency.running) + len(residency.incoming) > len(sequences)
+        if chooser.swaps or (still and rules.admission == "reserve-predicted"):
+            return 1  # room may be made for it, or the forecast get better
+    longest = min(_tokens_left(s) for s in sequences)
+    if longest > 1:
+        longest = _passes_with_room(sequences, longest, spare, capacity, residency)
+    if longest > 1:
+        here = set(sequences)
+        others = [s for s in (*residency.running, *residency.waiting) if s not in here]
+        longest = _passes_in(policy.steady(sequences, others, now), seconds, longest)
+    return longest
+
+
+def _tokens_left(sequence: Sequence) -> int:
+    """Passes until it has all its tokens, or has used up its allotment."""
+    most = sequence.request.stopping.max_tokens
+    return max(1, min(sequence.allotment or most, most) - sequence.generated)
+
+
+def _passes_in(steady: float, seconds: float, most: int) -> int:
+    """Passes, up to `most`, before the order may change; what changes when a pass ends counts for
+    the next one."""
+    if steady >= most * seconds:
+        return most
+    return max(1, math.ceil(steady / seconds))
+
+
+def _passes_with_room(
+    sequences: list[Sequence], most: int, spare: int, capacity: Capacity, residency: Residency
+) -> int:
+    """Passes, up to `most`, for which the blocks suffice: `spare` for all together, of which those
+    without an allotment leave alone what is reserved for the others."""
+    room = residency.reservations.room(residency.blocks.free)
+    size = capacity.block_size
+    slack = np.array([len(s.blocks) * size - len(s.tokens) for s in sequences])
+    unreserved = np.array([not s.allotment for s in sequences])
+
+    def fits(passes: int) -> bool:
+        wanted = np.maximum(0, -(-(passes - 1 - slack) // size))
+        return bool(wanted.sum() <= spare and wanted[unreserved].sum() <= max(room, 0))
+
+    if fits(most):
+        return most
+    fewest = 1  # fits; `most` does not
+    while most - fewest > 1:
+        middle = (fewest + most) // 2
+        fewest, most = (middle, most) if fits(middle) else (fewest, middle)
+    return fewest
