@@ -157,7 +157,8 @@ class KvRef:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a worker is.
+    """How busy a worker is. `swapped` counts those of `waiting` whose KV is on the host, or on its
+    way there, in `host_blocks` blocks.
 
     In reports only: `steps_per_second`, over the last few seconds, and the fitted cost of a pass
     with one prompt, `prefill_base + prefill_per_token * tokens`, and of one generated token,
@@ -173,3 +174,5 @@ class Load:
     prefill_base: float = 0.0
     prefill_per_token: float = 0.0
     token_seconds: float = 0.0
+    swapped: int = 0
+    host_blocks: int = 0

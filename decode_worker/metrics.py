@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from baton.types import Load
 from engine.metrics import EngineMetrics
 from scheduling.residency import Counters
 
@@ -36,6 +37,12 @@ class DecodeMetrics(EngineMetrics):
         self._stalls = Counter(
             "baton_decode_swap_stalls", "passes that waited for swaps", registry=registry
         )
+        self._sequences = Gauge(
+            "baton_decode_sequences_swapped", "sequences whose KV is on the host", registry=registry
+        )
+        self._host_blocks = Gauge(
+            "baton_decode_kv_host_blocks_used", "KV blocks in use on the host", registry=registry
+        )
         for kind in ("recompute", "swap"):
             self._preemptions.labels(kind)
         for direction in ("out", "in"):
@@ -50,3 +57,9 @@ class DecodeMetrics(EngineMetrics):
         self._swapped.labels("in").inc((now.blocks_in - last.blocks_in) * self._block_bytes)
         self._mispredictions.inc(now.mispredictions - last.mispredictions)
         self._stalls.inc(now.waits + now.stalls - last.waits - last.stalls)
+
+    def load(self, load: Load) -> None:
+        """Show how busy the worker is, on the host too."""
+        super().load(load)
+        self._sequences.set(load.swapped)
+        self._host_blocks.set(load.host_blocks)

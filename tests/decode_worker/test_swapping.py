@@ -113,10 +113,16 @@ async def test_a_gateway_that_leaves_in_mid_swap_takes_its_requests_along() -> N
         for slot, one in requests().items():
             pair.start(slot, one, local=True)
         await pair.until(lambda: any(watch.in_phase(Phase.LEAVING)))
+        load, sample = pair.decode.load(), pair.registry.get_sample_value
+        assert load.swapped > 0
+        assert load.host_blocks > 0
+        assert sample("baton_decode_sequences_swapped") is not None
+        assert sample("baton_decode_kv_host_blocks_used") is not None
         pair.decode.disconnect(pair.link)
         assert pair.decode.idle
         await pair.all_free()
         assert watch.done == watch.swaps.keys()
+        assert (pair.decode.load().swapped, pair.decode.load().host_blocks) == (0, 0)
 
 
 async def test_kv_is_swapped_beside_hand_offs() -> None:
