@@ -118,6 +118,7 @@ def _worker(record: WorkerRecord) -> WorkerStatus:
         status.waiting_sequences = record.load.waiting
         status.free_kv_blocks = record.load.free_blocks
         status.total_kv_blocks = record.load.total_blocks
+        status.host_kv_blocks = record.load.host_blocks
         status.draining = record.draining or record.load.draining
         status.steps_per_second = record.load.steps_per_second
     return status
