@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from baton.types import Output, Request, Sampling, Stopping
+from engine.executor import ExecutorBroken
 from engine.loop import EngineLoop
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
 from scheduling.cost import Work
@@ -30,6 +31,7 @@ class Gate(CostModelExecutor):
         self.go = threading.Event()
         self.go.set()
         self.breaks = 0
+        self.broken = False
         self.threads: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -39,6 +41,8 @@ class Gate(CostModelExecutor):
         if self.breaks:
             self.breaks -= 1
             raise RuntimeError("the device is on fire")
+        if self.broken:
+            raise ExecutorBroken("there is no device")
         return super().execute(plan)
 
 
@@ -171,6 +175,16 @@ async def test_an_error_in_the_worker_itself_comes_out_of_wait_closed() -> None:
     engine.loop.start()
     engine.submit(request("a"))
     with pytest.raises(ZeroDivisionError):
+        async with asyncio.timeout(10):
+            await engine.loop.wait_closed()
+
+
+async def test_a_broken_executor_ends_the_loop() -> None:
+    engine = Engine()
+    engine.executor.broken = True
+    engine.loop.start()
+    engine.submit(request("a"))
+    with pytest.raises(ExecutorBroken):
         async with asyncio.timeout(10):
             await engine.loop.wait_closed()
 
