@@ -26,7 +26,7 @@ from itertools import islice
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Logprob, Output, Request
 from scheduling.admission import longest_kv, require_fit
-from scheduling.budget import splitfuse
+from scheduling.budget import batching
 from scheduling.choosing import Chooser
 from scheduling.cost import CostTracker, StepRecord, Work
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
@@ -62,6 +62,7 @@ class DecodeScheduler:
         self._max_waiting = max_waiting
         self._groups: dict[str, Group] = {}  # live requests
         self._kv = Residency(capacity, self._rules, lambda s: self._groups[s.request.id].sequences)
+        self._batching = batching(self._rules.batching)
         self._door = Door(self._rules, capacity.max_sequences)
         self._chooser = Chooser(capacity, self._rules, policy, self.cost, self._kv, self._door)
         self._proactive = ProactiveSwaps(capacity, self._rules, policy, self._kv, self._chooser)
@@ -195,7 +196,7 @@ class DecodeScheduler:
         ready = list(islice(grown, self._capacity.max_tokens))
         here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
         prompts = [s for s in prompts if s.phase in here]
-        return splitfuse(ready, prompts, self._capacity.max_tokens)
+        return self._batching(ready, prompts, self._capacity.max_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""

@@ -123,30 +123,24 @@ class Reservations:
             return all_of_it - self.room(free)
         if needed > free or all_of_it + self.total <= free or not self._outstanding:
             return needed - free
-        excess = self._peak_with(sequence) - self._capacity.blocks * self._capacity.block_size
-        return max(needed - free, self._capacity.blocks_for(excess))
+        return max(needed - free, self._capacity.blocks_for(self.excess(sequence)))
+
+    def excess(self, newcomer: Sequence) -> int:
+        """By how many tokens the peak of all that are here and a newcomer exceeds the pool. The
+        last block of each counts as half full."""
+        half, held, remaining = self._capacity.block_size // 2, [], []
+        for sequence in (*self._outstanding, newcomer):
+            tokens = len(sequence.tokens)
+            held.append(tokens + half)
+            # One without allotment counts as if it ended soon, as in a paged cache.
+            end = sequence.prompt_length + sequence.allotment if sequence.allotment else tokens
+            remaining.append(max(half, end - tokens))
+        return peak_kv(held, remaining) - self._capacity.blocks * self._capacity.block_size
 
     def _end(self, sequence: Sequence) -> int:
         """Blocks it holds when it has used up its allotment: the KV of the last token is never
         computed."""
         return self._capacity.blocks_for(sequence.prompt_length + sequence.allotment - 1)
-
-    def _peak_with(self, newcomer: Sequence) -> int:
-        """Tokens of KV at the peak of all that are here and a newcomer. The last block of each
-        counts as half full."""
-        half, held, remaining = self._capacity.block_size // 2, [], []
-        for sequence in (*self._outstanding, newcomer):
-            held.append(len(sequence.tokens) + half)
-            remaining.append(max(half, self._expected(sequence) - sequence.generated))
-        return peak_kv(held, remaining)
-
-    @staticmethod
-    def _expected(sequence: Sequence) -> int:
-        """Output tokens that it counts with in the peak. Not its allotment: that is what hardly
-        any output exceeds, and of many together as many end before what is expected as after it.
-        One that has outlived it, or that nothing is known of, counts as if it ended soon."""
-        estimate = sequence.request.estimate
-        return 0 if estimate is None else min(estimate.tokens, sequence.allotment)
 
     # -- Checks ----------------------------------------------------------------------------
 

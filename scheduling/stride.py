@@ -42,11 +42,12 @@ def passes_alike(
             spare -= reserve  # below it swaps begin
         elif len(residency.running) > len(sequences):
             return 1  # swaps may begin as soon as somebody can be spared for long
-    if chooser.head is not None:
-        still = len(residency.running) + len(residency.incoming) > len(sequences)
-        if chooser.swaps or (still and rules.admission == "reserve-predicted"):
-            return 1  # room may be made for it, or the forecast get better
     longest = min(_tokens_left(s) for s in sequences)
+    if chooser.head is not None:
+        if chooser.swaps:
+            return 1  # room may be made for it
+        if rules.admission == "reserve-predicted":
+            longest = min(longest, _passes_without_room(chooser.head, len(sequences), residency))
     if longest > 1:
         longest = _passes_with_room(sequences, longest, spare, capacity, residency)
     if longest > 1:
@@ -68,6 +69,14 @@ def _passes_in(steady: float, seconds: float, most: int) -> int:
     if steady >= most * seconds:
         return most
     return max(1, math.ceil(steady / seconds))
+
+
+def _passes_without_room(head: Sequence, advancing: int, residency: Residency) -> int:
+    """Passes in which the forecast leaves no room for `head`. With each pass the peak may get lower
+    by a token for every sequence that does not advance, as that one is shorter when the others
+    end."""
+    still = 1 + len(residency.running) + len(residency.incoming) - advancing
+    return max(0, residency.reservations.excess(head) - 1) // still + 1
 
 
 def _passes_with_room(
