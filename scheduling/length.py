@@ -233,12 +233,10 @@ class LengthPredictor:
         possible[least:] = 1.0
         self._update(prediction.features, possible, None)
 
-    def _judge(self, prediction: Prediction, tokens: int) -> None:
-        """Note how good a prediction was, if one was given away."""
-        if not prediction.ripe:
-            return
+    def judged(self, prediction: Prediction, tokens: int) -> Judged:
+        """The prediction beside the true length, `max_tokens` at most."""
         named = int(prediction.probabilities.argmax())
-        judged = Judged(
+        return Judged(
             bucket=min(self.settings.buckets.of(tokens), len(prediction.probabilities) - 1),
             named=named,
             majority=prediction.majority,
@@ -248,7 +246,11 @@ class LengthPredictor:
             mean=prediction.mean,
             allotment=prediction.guess.allotment,
         )
-        self.state.tallies[self._of_report :] += judged.tally()
+
+    def _judge(self, prediction: Prediction, tokens: int) -> None:
+        """Note how good a prediction was, if it was told."""
+        if prediction.ripe:
+            self.state.tallies[self._of_report :] += self.judged(prediction, tokens).tally()
 
     def _recall(self, features: Features, tokens: int, bucket: int) -> None:
         place, tag = self._place(features)
