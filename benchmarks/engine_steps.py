@@ -111,33 +111,26 @@ def fit_of(path: Path, name: str, dtype: str, threads: int, progress: Callable[[
 
 def costs(fits: list[Fit]) -> Table:
     """The cost models as people read them."""
-    result = Table(title="Cost of a pass, and of a KV block to the host or back")
-    result.add_column("model", no_wrap=True)
-    for heading in (
-        "base ms",
-        "us per prompt token",
-        "ns per attention",
-        "us per sequence",
-        "ns per context",
-        "median error",
-        "us per swapped block",
-        "GB/s",
-    ):
-        result.add_column(heading, justify="right")
+    result = Table(title="Cost of a pass, and of swapping a KV block")
+    result.add_column("")
     for one in fits:
-        profile = one.profile
-        swap = profile.swap_seconds_per_block
-        result.add_row(
-            profile.name,
-            f"{profile.base * 1e3:.2f}",
-            f"{profile.per_token * 1e6:.1f}",
-            f"{profile.per_attention * 1e9:.1f}",
-            f"{profile.per_sequence * 1e6:.1f}",
-            f"{profile.per_context * 1e9:.1f}",
-            f"{one.median_error:.1%}",
-            f"{swap * 1e6:.1f}",
-            f"{profile.block_bytes / swap / 1e9:.1f}",
-        )
+        result.add_column(one.profile.name, justify="right", no_wrap=True)
+    rows: dict[str, Callable[[Fit], str]] = {
+        "base, ms": lambda fit: f"{fit.profile.base * 1e3:.2f}",
+        "per prompt token, us": lambda fit: f"{fit.profile.per_token * 1e6:.1f}",
+        "per token and attended position, ns": lambda fit: f"{fit.profile.per_attention * 1e9:.1f}",
+        "per generating sequence, us": lambda fit: f"{fit.profile.per_sequence * 1e6:.1f}",
+        "per position of context, ns": lambda fit: f"{fit.profile.per_context * 1e9:.1f}",
+        "median error": lambda fit: f"{fit.median_error:.1%}",
+        "block to the host or back, us": lambda fit: (
+            f"{fit.profile.swap_seconds_per_block * 1e6:.1f}"
+        ),
+        "GB/s": lambda fit: (
+            f"{fit.profile.block_bytes / fit.profile.swap_seconds_per_block / 1e9:.1f}"
+        ),
+    }
+    for heading, cell in rows.items():
+        result.add_row(heading, *map(cell, fits))
     return result
 
 
