@@ -8,10 +8,12 @@ from typing import TypeVar
 
 from experiments.engines import Engine, Setup, SimulatedEngine
 from experiments.experiment import Run
+from experiments.traffic import Traffic, of_topics
 from scheduling.cost import LinearCost
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
-from scheduling.simulator.traffic import SHAREGPT, Lengths, LogNormal, make_jobs, offline
+from scheduling.simulator.topics import Topics
+from scheduling.simulator.traffic import SHAREGPT, Lengths, LogNormal, offline
 
 T = TypeVar("T")
 
@@ -20,17 +22,22 @@ OPT_13B_ON_A100 = LinearCost(
 )
 """After DistServe's published profile of OPT-13B on one A100-80G."""
 
-SCALED_SHAREGPT = Lengths("sharegpt / 8", LogNormal(20, 1.6), LogNormal(42, 1.1), 128, 256)
-"""ShareGPT-like lengths at an eighth, for real runs of seconds instead of hours."""
+SCALED_SHAREGPT = Lengths("sharegpt / 8", LogNormal(40, 1.6), LogNormal(42, 1.1), 200, 384)
+"""ShareGPT-like outputs at an eighth of their length, so that a run takes seconds. Prompts at a
+quarter: beside the passes of generation they then take about as long as on the A100."""
+
+
+PREDICTABILITY = 0.85
+"""Share of the variance of the logarithm of the output length that a prompt's topic explains."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """`scale`: how many times shorter than ShareGPT's the lengths are. `count`: jobs of one run;
-    `backlog`: jobs of the run that measures saturation."""
+    """`traffic`: ShareGPT-like. `scale`: how many times shorter than ShareGPT's its outputs are.
+    `count`: jobs of one run; `backlog`: jobs of the run that measures saturation."""
 
     engine: Engine
-    lengths: Lengths
+    traffic: Traffic
     scale: float
     count: int
     backlog: int
@@ -51,13 +58,27 @@ def _simulated(run: Run) -> Bench:
         blocks=1 << 17, block_size=16, max_tokens=2048, max_sequences=16, max_context=2049
     )
     engine = SimulatedEngine(OPT_13B_ON_A100, capacity)
-    return Bench(engine, SHAREGPT, 1.0, run.sized(1500, 400), run.sized(3000, 600))
+    return Bench(
+        engine, _sharegpt(SHAREGPT, 32_000), 1.0, run.sized(1500, 400), run.sized(3000, 600)
+    )
 
 
 def _real(run: Run) -> Bench:
-    from experiments.real import tiny_llama  # imports torch
+    from experiments.real import VOCABULARY, tiny_llama  # imports torch
 
-    return Bench(tiny_llama(), SCALED_SHAREGPT, 8.0, run.sized(1000, 250), run.sized(2000, 400))
+    return Bench(
+        tiny_llama(),
+        _sharegpt(SCALED_SHAREGPT, VOCABULARY),
+        8.0,
+        run.sized(1000, 250),
+        run.sized(2000, 400),
+    )
+
+
+def _sharegpt(lengths: Lengths, vocabulary: int) -> Traffic:
+    return of_topics(
+        Topics(PREDICTABILITY, lengths, topics=100, words=30, share=0.5, vocabulary=vocabulary)
+    )
 
 
 _A100_STEP = SimulatedEngine(
@@ -65,18 +86,18 @@ _A100_STEP = SimulatedEngine(
 ).step_seconds
 
 
-def saturation(run: Run, made: Bench, lengths: Lengths) -> float:
+def saturation(run: Run, made: Bench, traffic: Traffic) -> float:
     """The steady saturation rate, in jobs per second: completions in the middle 80% of a
     backlogged first-come-first-served run. Measured once per run and distribution."""
 
     def measure() -> float:
         run.progress.expect(1)
-        jobs = make_jobs(lengths, offline, made.backlog, seed=10_000)
+        jobs = traffic.jobs(offline, made.backlog, 10_000)
         outcome = made.engine.serve(jobs, Setup(lambda cost: make_policy("fcfs", cost=cost)))
-        run.progress.done(f"{lengths.name}: saturation")
+        run.progress.done(f"{traffic.name}: saturation")
         return outcome.completion_rate()
 
-    return run.once(("saturation", lengths), measure)
+    return run.once(("saturation", traffic.name), measure)
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:

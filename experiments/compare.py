@@ -12,8 +12,9 @@ from experiments.experiment import Run
 from experiments.orders import FCFS, ORACLE, Order
 from experiments.records import Record
 from experiments.stats import interval, ratio
+from experiments.traffic import Traffic
 from scheduling.simulator.outcome import Outcome
-from scheduling.simulator.traffic import Lengths, make_jobs, poisson
+from scheduling.simulator.traffic import poisson
 
 Metrics = dict[str, float]
 Trials = dict[str, list[Metrics]]
@@ -36,28 +37,32 @@ def metrics(outcome: Outcome) -> Metrics:
 
 
 def trials(
-    run: Run, bench: Bench, orders: Sequence[Order], load: float, *, lengths: Lengths | None = None
+    run: Run, bench: Bench, orders: Sequence[Order], load: float, *, traffic: Traffic | None = None
 ) -> Trials:
     """Each order once per seed at `load` times the saturation rate, all of a seed on the same
     jobs, and each seed beginning with another order: what disturbs a machine for a while then
-    disturbs different orders. Measured once per run for the same arguments."""
-    drawn = lengths or bench.lengths
-    key = ("trials", drawn, load, tuple(order.label for order in orders))
-    return run.once(key, lambda: _measure(run, bench, orders, load, drawn))
+    disturbs different orders. An order is measured once per run at the same load and traffic."""
+    drawn = traffic or bench.traffic
+    kept = run.once(("trials", drawn.name, load, bench.count), dict[str, list[Metrics]])
+    missing = [order for order in orders if order.label not in kept]
+    if missing:
+        kept |= _measure(run, bench, missing, load, drawn)
+    return {order.label: kept[order.label] for order in orders}
 
 
 def _measure(
-    run: Run, bench: Bench, orders: Sequence[Order], load: float, lengths: Lengths
+    run: Run, bench: Bench, orders: Sequence[Order], load: float, traffic: Traffic
 ) -> Trials:
     run.progress.expect(len(orders) * len(run.seeds))
     found: Trials = {order.label: [] for order in orders}
+    rate = load * saturation(run, bench, traffic)
     for number, seed in enumerate(run.seeds):
-        rate = load * saturation(run, bench, lengths)
-        jobs = make_jobs(lengths, poisson(rate), bench.count, seed=seed)
+        jobs = traffic.jobs(poisson(rate), bench.count, seed)
         for order in rotated(orders, number):
-            outcome = bench.engine.serve(order.feed(jobs, seed), Setup(order.policy(bench)))
+            source = order.feed(run, traffic, jobs, seed)
+            outcome = bench.engine.serve(source, Setup(order.policy(bench)))
             found[order.label].append(metrics(outcome))
-            run.progress.done(f"{lengths.name}, load {load:g}, seed {seed}: {order.label}")
+            run.progress.done(f"{traffic.name}, load {load:g}, seed {seed}: {order.label}")
     return found
 
 

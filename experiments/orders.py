@@ -10,9 +10,12 @@ import numpy as np
 
 from experiments.benches import Bench
 from experiments.engines import MakePolicy
+from experiments.experiment import Run
+from experiments.learning import Learning, warm
+from experiments.traffic import Traffic
 from scheduling.mlfq import Mlfq
 from scheduling.order import make_policy
-from scheduling.simulator.traffic import Estimator, Job, OpenLoop, Source
+from scheduling.simulator.traffic import Estimator, Job, OpenLoop, Source, noisy, oracle
 
 FCFS = "fcfs"
 MLFQ = "mlfq"
@@ -21,19 +24,24 @@ PROMOTED = "skip-join-mlfq, promotion"
 LEARNED = "predicted-srpt"
 ORACLE = "srpt-oracle"
 
-Feed = Callable[[Sequence[Job], int], Source]
-"""(jobs, seed) to the same jobs with what is predicted of them."""
+Feed = Callable[[Run, Traffic, Sequence[Job], int], Source]
+"""(run, what the jobs were drawn from, jobs, seed) to the jobs with what is predicted of them."""
 
 
-def plain(jobs: Sequence[Job], seed: int) -> Source:
+def plain(run: Run, traffic: Traffic, jobs: Sequence[Job], seed: int) -> Source:
     """Nothing is predicted."""
     return OpenLoop(jobs)
 
 
-def estimated(estimator: Estimator) -> Feed:
-    """Each job gets its estimate when it is made."""
+def learned(run: Run, traffic: Traffic, jobs: Sequence[Job], seed: int) -> Source:
+    """By a predictor that learns as it goes."""
+    return Learning(jobs, warm(run, traffic).copy())
 
-    def feed(jobs: Sequence[Job], seed: int) -> Source:
+
+def estimated(estimator: Estimator) -> Feed:
+    """Each job has its estimate before it comes."""
+
+    def feed(run: Run, traffic: Traffic, jobs: Sequence[Job], seed: int) -> Source:
         rng = np.random.default_rng((seed, 99))
         return OpenLoop(
             replace(job, estimate=estimator(rng, job.output_tokens, job.max_tokens)) for job in jobs
@@ -62,18 +70,39 @@ def levels(bench: Bench, promote_after: float = math.inf) -> Mlfq:
     )
 
 
-def named(policy: str, *, promote_after: float = math.inf) -> Callable[[Bench], MakePolicy]:
+def named(
+    policy: str, *, promote_after: float = math.inf, aging: float = 1.0
+) -> Callable[[Bench], MakePolicy]:
     """A policy by its name, with FastServe's levels."""
 
     def of(bench: Bench) -> MakePolicy:
         mlfq = levels(bench, promote_after)
-        return lambda cost: make_policy(policy, mlfq=mlfq, cost=cost)
+        return lambda cost: make_policy(policy, mlfq=mlfq, cost=cost, aging=aging)
 
     return of
 
 
-ORDERS = (
+_PROMOTE_AFTER = 3.0  # seconds, as in FastServe's artifact
+
+UNPREDICTED = (
     Order(FCFS, named("fcfs")),
+    Order(MLFQ, named("mlfq")),
     Order(SKIP_JOIN, named("skip-join-mlfq")),
-    Order(PROMOTED, named("skip-join-mlfq", promote_after=3.0)),
+    Order(PROMOTED, named("skip-join-mlfq", promote_after=_PROMOTE_AFTER)),
 )
+"""Orders that need to know nothing of lengths."""
+
+BOUND = Order(ORACLE, named("srpt-oracle"), estimated(oracle))
+
+
+def predicted(aging: float = 1.0, feed: Feed = learned, label: str = LEARNED) -> Order:
+    """Predicted SRPT with a value of its knob."""
+    return Order(label, named("predicted-srpt", aging=aging), feed)
+
+
+ORDERS = (*UNPREDICTED, predicted(), BOUND)
+NOISY = (
+    predicted(feed=estimated(noisy(0.5)), label=f"{LEARNED}, sigma 0.5"),
+    predicted(feed=estimated(noisy(1.0)), label=f"{LEARNED}, sigma 1"),
+)
+"""Predictions made of the truth and noise."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from baton.errors import ConfigError
 from experiments.records import Record
 
@@ -63,6 +65,25 @@ def figure(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3
         each.grid(axis="y", color="#DDDDDD", linewidth=0.7)
         each.set_axisbelow(True)
     return made, axes
+
+
+def title(axes: Axes, text: str) -> None:
+    """What a panel shows, above it on the left."""
+    axes.set_title(text, loc="left", fontsize=9, color="#666666")
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis around the lines, not their bands, with plain numbers on it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    drawn = [np.asarray(each.get_ydata(), float) for each in axes.get_lines()]
+    values = [float(y) for each in drawn for y in each if y > 0]
+    axes.set_yscale("log")
+    if values:
+        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def line(axes: Axes, xs: Sequence[float], records: Sequence[Record], label: str) -> None:

@@ -1,4 +1,4 @@
-"""B1, B2, B4 and B6: the orders against each other and against the oracle, over the load."""
+"""B1, B2, B4, B6 and DEMO: the orders against each other and against the oracle, over the load."""
 
 from __future__ import annotations
 
@@ -7,18 +7,38 @@ from experiments.bars import load_bars, optimality_bars, peak_bars
 from experiments.benches import bench
 from experiments.compare import records, trials
 from experiments.experiment import Experiment, Run
-from experiments.orders import ORDERS
+from experiments.learning import warm
+from experiments.orders import LEARNED, NOISY, ORDERS
 from experiments.records import Record
+from experiments.stats import interval
+from experiments.traffic import of_demo
 
-LOADS = (0.5, 0.7, 0.9)
+LOADS = (0.5, 0.7, 0.9, 0.95)
 OVERLOAD = 1.2
+_DEMO_LOADS = (0.5, 0.9)
 
 
 def _at(experiment: str, run: Run, loads: tuple[float, ...], *names: str) -> list[Record]:
     made: list[Record] = []
     for load in loads:
-        found = trials(run, bench(run), ORDERS, load)
+        orders = ORDERS if run.engine == "real" else (*ORDERS, *NOISY)
+        found = trials(run, bench(run), orders, load)
         made += records(experiment, run, found, load=load, names=names or None)
+    return made
+
+
+def _load_records(run: Run) -> list[Record]:
+    """B1, and how good the learned predictions are."""
+    quality = warm(run, bench(run).traffic)
+    told = Record.of("B1", run.engine, LEARNED, "predictor_sigma", interval([quality.sigma]))
+    return [*_at("B1", run, LOADS), told]
+
+
+def _demo(run: Run) -> list[Record]:
+    traffic, made = of_demo(), []
+    for load in _DEMO_LOADS:
+        found = trials(run, bench(run), ORDERS, load, traffic=traffic)
+        made += records("DEMO", run, found, load=load)
     return made
 
 
@@ -27,7 +47,7 @@ EXPERIMENTS = (
         "B1",
         "Orders below saturation",
         ("real", "simulator"),
-        measure=lambda run: _at("B1", run, LOADS),
+        measure=_load_records,
         draw=reports.draw_loads,
         bars=load_bars,
         tables=reports.load_tables("B1"),
@@ -57,5 +77,13 @@ EXPERIMENTS = (
         draw=reports.draw_peaks,
         bars=peak_bars,
         tables=reports.ratio_tables("B6", "peak_kv_tokens_vs_fcfs", "Peak KV over FCFS's"),
+    ),
+    Experiment(
+        "DEMO",
+        "Orders on the demo model's own lengths",
+        ("real", "simulator"),
+        measure=_demo,
+        draw=reports.draw_demo,
+        tables=reports.load_tables("DEMO"),
     ),
 )

@@ -115,10 +115,10 @@ def draw_loads(results: Results, folder: Path) -> list[Path]:
             for policy in found.where(engine=engine).distinct("policy"):
                 points = _points(found.where(engine=engine, policy=str(policy), metric=metric))
                 plots.line(panel, [p.load or 0.0 for p in points], points, str(policy))
-            panel.set_yscale("log")
+            plots.log_scale(panel)
             panel.set_xlabel("load (arrivals over saturation rate)")
             panel.set_ylabel(name)
-            panel.set_title(plots.ENGINE_TITLES[engine], loc="left", fontsize=9, color="#666666")
+            plots.title(panel, plots.ENGINE_TITLES[engine])
     plots.legend_below(made, axes[0][0])
     return [plots.save(made, folder / "b1-load.png")]
 
@@ -137,6 +137,17 @@ def draw_overload(results: Results, folder: Path) -> list[Path]:
     return _bars(
         results.where(experiment="B2"), panels, "over FCFS's, load 1.2", folder / "b2-overload.png"
     )
+
+
+def draw_demo(results: Results, folder: Path) -> list[Path]:
+    """DEMO: as B2, at load 0.9."""
+    panels = (
+        ("s_per_token_vs_fcfs", "latency per token"),
+        ("mean_jct_s_vs_fcfs", "mean JCT"),
+        ("p99_jct_s_vs_fcfs", "P99 JCT"),
+    )
+    found = results.where(experiment="DEMO", load=0.9)
+    return _bars(found, panels, "over FCFS's, load 0.9", folder / "demo-lengths.png")
 
 
 def draw_optimality(results: Results, folder: Path) -> list[Path]:
@@ -159,7 +170,7 @@ def draw_peaks(results: Results, folder: Path) -> list[Path]:
             plots.line(panel, [p.load or 0.0 for p in points], points, str(policy))
         panel.set_xlabel("load (arrivals over saturation rate)")
         panel.set_ylabel("peak KV tokens, over FCFS's")
-        panel.set_title(plots.ENGINE_TITLES[engine], loc="left", fontsize=9, color="#666666")
+        plots.title(panel, plots.ENGINE_TITLES[engine])
     plots.legend_below(made, axes[0][0])
     return [plots.save(made, folder / "b6-peak-kv.png")]
 
@@ -176,7 +187,5 @@ def _bars(found: Results, panels: tuple[tuple[str, str], ...], unit: str, path: 
             plots.bars(panel, list(found.where(engine=engine, metric=metric)), names=number == 0)
             panel.set_xlabel(f"{name} {unit}")
             if number == 0:
-                panel.set_title(
-                    plots.ENGINE_TITLES[engine], loc="left", fontsize=9, color="#666666"
-                )
+                plots.title(panel, plots.ENGINE_TITLES[engine])
     return [plots.save(made, path)]

@@ -155,7 +155,7 @@ def tiny_llama(
     """A real engine on a random Llama that is built on the spot, single-threaded. A pass takes
     one or two milliseconds. `capacity` None: batches of 16, and KV for whatever comes."""
     wanted = capacity or Capacity(
-        blocks=8192, block_size=16, max_tokens=256, max_sequences=16, max_context=512
+        blocks=8192, block_size=16, max_tokens=512, max_sequences=16, max_context=1024
     )
     with TemporaryDirectory(prefix="baton-experiments-") as folder:
         _save_llama(Path(folder), layers, hidden, wanted.max_context)

@@ -9,7 +9,10 @@ from experiments.experiment import Experiment
 
 # Each module has a tuple EXPERIMENTS.
 _MODULES = {
-    "experiments.policies": ("B1", "B2", "B4", "B6"),
+    "experiments.policies": ("B1", "B2", "B4", "B6", "DEMO"),
+    "experiments.rates": ("B3",),
+    "experiments.ratios": ("B5",),
+    "experiments.frontier": ("FRONTIER",),
 }
 
 NAMES = tuple(sorted((n for names in _MODULES.values() for n in names), key=lambda n: (len(n), n)))
