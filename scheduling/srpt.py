@@ -27,7 +27,7 @@ from scheduling.remaining import RemainingWork
 from scheduling.sequence import Sequence, Standing
 from scheduling.standing import PreemptivePolicy
 
-_AGING = 1.5  # what the knob at 1 stands for
+_AGING = 1.8  # what the knob at 1 stands for
 _MOST_AGING = 8.0  # close enough to first come, first served
 _DRIFT = 0.1  # relative change of the factor that is worth a new order
 
