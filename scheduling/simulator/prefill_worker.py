@@ -80,9 +80,9 @@ class SimulatedPrefillWorker:
         self.scheduler.release(blocks)
 
     @property
-    def busy(self) -> bool:
-        """True while a pass runs."""
-        return self._pass is not None
+    def ends(self) -> float | None:
+        """When the pass that runs ends; None if none does."""
+        return None if self._pass is None else self._pass[2]
 
     @property
     def jobs(self) -> int:

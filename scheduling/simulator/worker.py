@@ -16,6 +16,7 @@ from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from scheduling.simulator.executor import CostExecutor
 from scheduling.simulator.outcome import Served, Tally
+from scheduling.simulator.stride import Stride
 from scheduling.simulator.traffic import PLAIN, Job
 
 _NO_LIMIT = 1 << 30
@@ -47,16 +48,18 @@ class _Live:
 
 @dataclass(slots=True)
 class _Pass:
-    """What runs now."""
+    """What runs now: one pass, or several of the same sequences in a row."""
 
     plan: StepPlan
     result: StepResult
     begins: float
     ends: float
+    passes: int = 1
+    stride: Stride | None = None  # how long they take, if they are several
 
 
 class SimulatedWorker:
-    """Drives a DecodeScheduler through virtual time, pass by pass:
+    """Drives a DecodeScheduler through virtual time, a pass or a stride of them at a time:
 
         ends = worker.begin(now)      # None: nothing to run
         ... submit, until `ends` ...
@@ -65,7 +68,10 @@ class SimulatedWorker:
     The caller keeps the clock and never goes back.
     """
 
-    def __init__(self, spec: WorkerSpec, *, keep_token_times: bool = False) -> None:
+    def __init__(
+        self, spec: WorkerSpec, *, keep_token_times: bool = False, strides: bool = True
+    ) -> None:
+        """Without `strides` every pass is planned by itself: the same outcome, but slow."""
         tracker = CostTracker(spec.cost, every=0)
         self.spec = spec
         self.scheduler = DecodeScheduler(
@@ -80,6 +86,7 @@ class SimulatedWorker:
         self.busy_seconds = 0.0
         self.peak_kv_tokens = 0
         self.expected_tokens = 0  # output, of the jobs that are here, as was estimated
+        self._strides = strides
         self._keep_token_times = keep_token_times
         self._live: dict[str, _Live] = {}
         self._pass: _Pass | None = None
@@ -90,6 +97,7 @@ class SimulatedWorker:
 
     def submit(self, job: Job, now: float) -> bool:
         """Take a job whose prompt is computed here. False if the worker refuses it."""
+        self._shorten(now)
         try:
             (sequence,) = self.scheduler.submit(job.request(), now)
         except (InvalidRequest, Overloaded):
@@ -100,6 +108,7 @@ class SimulatedWorker:
     def reserve(self, job: Job, now: float) -> bool:
         """Hold room for a job whose KV comes from elsewhere: `arrived` or `abandon` must follow.
         False if there is none now, or ever."""
+        self._catch_up(now)
         try:
             sequence = self.scheduler.reserve(job.request(), now)
         except (InvalidRequest, Overloaded):
@@ -110,6 +119,7 @@ class SimulatedWorker:
     def arrived(self, job: Job, first_token_at: float, now: float) -> None:
         """The KV of its prompt is here. The client has had the first token since
         `first_token_at`, and it was not the last."""
+        self._catch_up(now)
         live = self._live[job.id]
         self._note(live, first_token_at)
         self.scheduler.arrived(live.sequence, PLAIN, now)
@@ -118,6 +128,7 @@ class SimulatedWorker:
 
     def abandon(self, job: Job, now: float) -> None:
         """The KV that room was reserved for will not come: the job has ended elsewhere."""
+        self._catch_up(now)
         live = self._live.pop(job.id)
         self.executor.forget(live.sequence)
         self.expected_tokens -= _expected(job)
@@ -131,9 +142,10 @@ class SimulatedWorker:
         self.expected_tokens += _expected(job)
 
     @property
-    def busy(self) -> bool:
-        """True while a pass runs."""
-        return self._pass is not None
+    def ends(self) -> float | None:
+        """When what runs now ends, None if nothing does. Whatever comes from outside may bring
+        it forward."""
+        return None if self._pass is None else self._pass.ends
 
     @property
     def jobs(self) -> int:
@@ -143,23 +155,26 @@ class SimulatedWorker:
     # -- Passes ----------------------------------------------------------------------------
 
     def begin(self, now: float) -> float | None:
-        """Start the next pass; returns when it ends, or None if nothing can run now."""
+        """Start what can run; returns when it ends, or None if nothing can."""
         plan = self.scheduler.plan(now)
         if plan is None:
             return None
         result = self.executor.execute(plan, now)
-        self._pass = _Pass(plan, result, now, now + result.seconds)
-        return self._pass.ends
+        self._pass = running = _Pass(plan, result, now, now + result.seconds)
+        if self._strides:
+            self._lengthen(running)
+        return running.ends
 
     def end(self) -> list[Served]:
-        """The pass is over: returns the jobs that ended with it."""
+        """What runs is over: returns the jobs that ended with it."""
         done = self._pass
         assert done is not None
         self._pass = None
+        if done.stride is not None:
+            self._apply_stride(done, done.stride, done.passes, done.ends)
+            return []
         events = self.scheduler.apply(done.plan, done.result, done.ends)
-        self.steps += 1
-        self.busy_seconds += done.result.seconds
-        self._count_kv(done.plan)
+        self._count(1, done.result.seconds, done.plan.tokens)
         served = []
         for event in events:
             if isinstance(event, Output):
@@ -168,6 +183,64 @@ class SimulatedWorker:
                 if event.finish is not None:
                     served.append(self._finish(live, done.ends))
         return served
+
+    # -- Strides ---------------------------------------------------------------------------
+
+    def _lengthen(self, running: _Pass) -> None:
+        """Take in the passes that will follow with the same sequences, as far as nobody ends and
+        no swap does."""
+        plan, link = running.plan, self.executor.link
+        most = min((self.executor.remaining(c.sequence) for c in plan.chunks), default=0) - 1
+        if most < 2 or plan.swap_out or plan.swap_in or running.result.swapped:
+            return
+        stride = Stride.of(plan, running.result.seconds, self.spec.cost)
+        if (swapped_at := link.next_end()) is not None:
+            most = min(most, stride.begun_by(swapped_at - running.begins) - 1)
+        if most > 1:
+            passes = min(most, self.scheduler.stride(plan, running.begins, stride.last(most)))
+            if passes > 1:
+                running.stride, running.passes = stride, passes
+                running.ends = running.begins + stride.seconds(passes)
+
+    def _shorten(self, now: float) -> None:
+        """Something joins those that wait: of several passes, the one that is under way is the
+        last."""
+        running = self._pass
+        if running is not None and running.stride is not None:
+            running.passes = running.stride.begun_by(now - running.begins)
+            running.ends = running.begins + running.stride.seconds(running.passes)
+
+    def _catch_up(self, now: float) -> None:
+        """Something asks for blocks: of several passes, those before the one that is under way
+        are over, and that one is alone."""
+        running = self._pass
+        if running is None or running.stride is None:
+            return
+        stride = running.stride
+        over = stride.begun_by(now - running.begins) - 1
+        boundary = running.begins + stride.seconds(over)
+        if over:
+            self._apply_stride(running, stride, over, boundary)
+            plan = self.scheduler.plan(boundary)
+            if plan is None or len(plan.chunks) != len(running.plan.chunks):
+                raise RuntimeError("a stride went on for longer than its plan holds")
+            running.plan = plan
+            running.result = self.executor.execute(plan, boundary)
+        running.begins, running.ends = boundary, boundary + running.result.seconds
+        running.stride, running.passes = None, 1
+
+    def _apply_stride(self, done: _Pass, stride: Stride, passes: int, now: float) -> None:
+        seconds = stride.seconds(passes)
+        self.scheduler.apply_stride(done.plan, passes, PLAIN, seconds, now)
+        self._count(passes, seconds, passes * len(done.plan.chunks))
+        if self._keep_token_times:
+            ends = stride.ends(done.begins, passes)
+            for chunk in done.plan.chunks:
+                times = self._live[chunk.sequence.request.id].token_times
+                assert times is not None
+                times += ends
+
+    # -- Books -----------------------------------------------------------------------------
 
     def _note(self, live: _Live, now: float) -> None:
         if live.first_token_at is None:
@@ -215,9 +288,11 @@ class SimulatedWorker:
             outstanding_tokens=self.expected_tokens,
         )
 
-    def _count_kv(self, plan: StepPlan) -> None:
-        """Tokens whose KV is held, before anything that ended in this pass lets go of it."""
-        self._kv_tokens += plan.tokens
+    def _count(self, passes: int, seconds: float, tokens: int) -> None:
+        """Passes are over, before anything that ended with them lets go of its KV."""
+        self.steps += passes
+        self.busy_seconds += seconds
+        self._kv_tokens += tokens
         if self.scheduler.preemptions != self._preemptions:
             self._preemptions = self.scheduler.preemptions
             self._kv_tokens = sum(live.sequence.computed for live in self._live.values())
