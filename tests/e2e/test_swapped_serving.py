@@ -1,0 +1,47 @@
+"""A cluster whose decode worker swaps: tokens equal transformers' own, and the run replays."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from scheduling.simulator.replay import replay
+from tests.e2e.conftest import Run
+from tests.e2e.test_exactness import generate, make
+from tests.engine.conftest import VOCAB
+
+
+@pytest.mark.parametrize("swapping", ["proactive", "reactive"])
+async def test_tokens_are_right_while_kv_goes_to_the_host_and_back(
+    swapping: str, run_stack: Run, tmp_path: Path
+) -> None:
+    model, _ = make("llama", tmp_path)
+    chooser = random.Random(swapping)
+    prompts = [[chooser.randrange(3, VOCAB) for _ in range(10 + 4 * i)] for i in range(6)]
+    file = tmp_path / "run.jsonl"
+    async with run_stack(
+        tmp_path,
+        block_size=4,
+        dtype="float32",
+        decode_settings={
+            "kv_blocks": 24,
+            "preemption": "swap",
+            "swapping": swapping,
+            "host_kv_memory": 2**18,
+            "record_run": file,
+        },
+    ) as stack:
+        async with stack.client() as client:
+            outputs = await asyncio.gather(*(generate(client, p, max_tokens=24) for p in prompts))
+        await stack.quiet()
+        counters = stack.decode[0].worker._scheduler.counters
+    for prompt, output in zip(prompts, outputs, strict=True):
+        model.assert_generates(prompt, output[0])
+        assert len(output[0]) == 24
+    assert counters.swapped_in > 0
+    result = replay(file.read_text().splitlines())
+    assert result.difference is None
+    assert result.plans > 24
