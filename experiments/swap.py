@@ -111,7 +111,7 @@ def crossing(rates: Sequence[float], latencies: Sequence[float], limit: float) -
 def _measure(run: Run) -> list[Record]:
     samples = Samples(NAME, "simulator")
     machine = _Machine()
-    count = run.sized(400, 200)
+    count = run.sized(400, 300)
     more = SETTINGS[1:] if not run.quick else ()
     run.progress.expect(len(WAYS) * (len(run.seeds) + len(more)))
     for number, seed in enumerate(run.seeds):
