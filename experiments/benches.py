@@ -59,7 +59,7 @@ def _simulated(run: Run) -> Bench:
     )
     engine = SimulatedEngine(OPT_13B_ON_A100, capacity)
     return Bench(
-        engine, _sharegpt(SHAREGPT, 32_000), 1.0, run.sized(1500, 400), run.sized(3000, 600)
+        engine, _sharegpt(SHAREGPT, 32_000), 1.0, run.sized(1500, 300), run.sized(3000, 600)
     )
 
 
@@ -70,8 +70,8 @@ def _real(run: Run) -> Bench:
         tiny_llama(),
         _sharegpt(SCALED_SHAREGPT, VOCABULARY),
         8.0,
-        run.sized(1000, 250),
-        run.sized(2000, 400),
+        run.sized(800, 150),
+        run.sized(2000, 300),
     )
 
 

@@ -23,7 +23,7 @@ from experiments.registry import chosen
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command line. `engine` "both" runs one after the other; `seeds` 0 is 5, or 3 if
+    """The command line. `engine` "both" runs one after the other; `seeds` 0 is 4, or 2 if
     quick."""
 
     out: Path
@@ -105,7 +105,7 @@ def _measure(options: Options, experiments: Sequence[Experiment], console: Conso
     ended early leaves what it has."""
     results = Results()
     engines: tuple[EngineName, ...] = ("simulator", "real")
-    count = options.seeds or (3 if options.quick else 5)
+    count = options.seeds or (2 if options.quick else 4)
     with RichProgress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

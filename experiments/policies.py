@@ -27,11 +27,15 @@ def _at(experiment: str, run: Run, loads: tuple[float, ...], *names: str) -> lis
     return made
 
 
+def _loads(run: Run) -> tuple[float, ...]:
+    return run.sized(LOADS, (0.5, 0.9))
+
+
 def _load_records(run: Run) -> list[Record]:
     """B1, and how good the learned predictions are."""
     quality = warm(run, bench(run).traffic)
     told = Record.of("B1", run.engine, LEARNED, "predictor_sigma", interval([quality.sigma]))
-    return [*_at("B1", run, LOADS), told]
+    return [*_at("B1", run, _loads(run)), told]
 
 
 def _demo(run: Run) -> list[Record]:
@@ -64,7 +68,7 @@ EXPERIMENTS = (
         "B4",
         "How far from the oracle",
         ("real", "simulator"),
-        measure=lambda run: _at("B4", run, (*LOADS, OVERLOAD), "mean_jct_s", "p99_jct_s"),
+        measure=lambda run: _at("B4", run, (*_loads(run), OVERLOAD), "mean_jct_s", "p99_jct_s"),
         draw=reports.draw_optimality,
         bars=optimality_bars,
         tables=reports.ratio_tables("B4", "mean_jct_s_vs_oracle", "Mean JCT over the oracle's"),
@@ -73,7 +77,7 @@ EXPERIMENTS = (
         "B6",
         "Peak KV",
         ("real", "simulator"),
-        measure=lambda run: _at("B6", run, (*LOADS, OVERLOAD), "peak_kv_tokens"),
+        measure=lambda run: _at("B6", run, (*_loads(run), OVERLOAD), "peak_kv_tokens"),
         draw=reports.draw_peaks,
         bars=peak_bars,
         tables=reports.ratio_tables("B6", "peak_kv_tokens_vs_fcfs", "Peak KV over FCFS's"),

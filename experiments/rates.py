@@ -21,37 +21,40 @@ _STEADY = "B3-steady"
 _OBJECTIVE = 0.3 / 0.02174
 """Seconds per token over those of a generation pass: FastServe's 0.3 s for OPT-13B."""
 
-_TRANSIENT_LOADS = (0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
-_STEADY_LOADS = (0.8, 0.9, 0.94, 0.97, 0.99)
+_TRANSIENT_LOADS = (0.9, 1.1, 1.4, 1.8, 2.4, 3.2, 4.5)
+_STEADY_LOADS = (0.9, 0.95, 0.99)
+_STEADY_SEEDS = 3  # of long runs
 _RATE = "rate_at_objective_over_saturation"
 
 
+# Without naive MLFQ: with these lengths it does what skip-join does (B1).
 _COMPARED = {
     "real": (FCFS, SKIP_JOIN, LEARNED),
     "simulator": (FCFS, SKIP_JOIN, PROMOTED, LEARNED, ORACLE),
 }
 
 
-def _orders(run: Run) -> tuple[Order, ...]:
-    """Without naive MLFQ: with these lengths it does what skip-join does (B1)."""
-    return tuple(order for order in ORDERS if order.label in _COMPARED[run.engine])
-
-
 def _measure(run: Run) -> list[Record]:
-    made = _sweep(run, _TRANSIENT, 400, run.sized(_TRANSIENT_LOADS, (1.0, 2.0, 4.0)))
-    if run.engine == "simulator":
-        made += _sweep(run, _STEADY, run.sized(5000, 400), run.sized(_STEADY_LOADS, (0.8, 0.97)))
+    orders = tuple(order for order in ORDERS if order.label in _COMPARED[run.engine])
+    loads = run.sized(_TRANSIENT_LOADS, (1.0, 2.0, 4.0))
+    made = _sweep(run, _TRANSIENT, orders, run.sized(400, 150), loads)
+    if run.engine == "simulator" and not run.quick:
+        few = tuple(order for order in ORDERS if order.label in _COMPARED["real"])
+        some = replace(run, seeds=run.seeds[:_STEADY_SEEDS])
+        made += _sweep(some, _STEADY, few, 5000, _STEADY_LOADS)
     return made
 
 
-def _sweep(run: Run, name: str, count: int, loads: Sequence[float]) -> list[Record]:
+def _sweep(
+    run: Run, name: str, orders: tuple[Order, ...], count: int, loads: Sequence[float]
+) -> list[Record]:
     """Latency over the load, and where it crosses the objective."""
     usual = bench(run)
     sized = replace(usual, count=count)
     made: list[Record] = []
     by_load: list[Trials] = []
     for load in loads:
-        found = trials(run, sized, _orders(run), load)
+        found = trials(run, sized, orders, load)
         by_load.append(found)
         made += records(name, run, found, load=load, names=("s_per_token", "mean_jct_s"))
     objective = _OBJECTIVE * usual.engine.step_seconds

@@ -1,6 +1,10 @@
-"""Puts the tables of a run into docs/experiments.md.
+"""Puts the tables and plots of runs into docs/experiments.md.
 
-    python -m experiments.report docs/experiments/results.json docs/experiments.md
+    python -m experiments.report RUN/results.json [MORE/results.json ...] \\
+        --page docs/experiments.md --plots docs/img --save docs/experiments/results.json
+
+Records of a later file replace those of the same experiment and engine in earlier ones, so a part
+that was run again goes last. Without --page, the tables are printed.
 
 The page has a pair of comments per experiment, `<!-- tables B1 -->` and `<!-- end -->`, and one
 pair for `bars`. What stands between them is replaced; all other text is left as it is.
@@ -9,12 +13,14 @@ pair for `bars`. What stands between them is replaced; all other text is left as
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import rich_click as click
 
 from experiments.command import bars_table
 from experiments.experiment import Table
-from experiments.records import Results
+from experiments.records import Record, Results
 from experiments.registry import NAMES, experiment
 
 _BLOCK = re.compile(r"(<!-- tables (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -57,17 +63,38 @@ def _row(cells: tuple[str, ...]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(arguments: list[str]) -> None:
-    """Without a page, print all tables."""
-    results = Results.load(Path(arguments[0]))
-    if len(arguments) == 1:
+def merged(files: Sequence[Path]) -> Results:
+    """The records of several files."""
+    kept: dict[tuple[str, str], list[Record]] = {}
+    for file in files:
+        found: dict[tuple[str, str], list[Record]] = {}
+        for record in Results.load(file):
+            found.setdefault((record.experiment, record.engine), []).append(record)
+        kept |= found
+    return Results(record for records in kept.values() for record in records)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--page", type=click.Path(exists=True, path_type=Path), help="page to fill")
+@click.option("--plots", type=click.Path(path_type=Path), help="folder for the PNG files")
+@click.option("--save", type=click.Path(path_type=Path), help="file for the merged records")
+def main(files: tuple[Path, ...], page: Path | None, plots: Path | None, save: Path | None) -> None:
+    """Merge FILES, and put their tables and plots into a page."""
+    results = merged(files)
+    if save is not None:
+        results.save(save)
+    if plots is not None:
+        plots.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            experiment(name).draw(results, plots)
+    if page is not None:
+        page.write_text(fill(page.read_text(), results))
+    else:
         for name in (*NAMES, "bars"):
             for table in _tables(name, results):
-                print(markdown(table))
-        return
-    page = Path(arguments[1])
-    page.write_text(fill(page.read_text(), results))
+                click.echo(markdown(table))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

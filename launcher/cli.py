@@ -238,7 +238,7 @@ def bench_engine(arguments: tuple[str, ...]) -> None:
     help="real: torch runs a small random model here; simulator: a cost model of an A100 or H200",
 )
 @click.option(
-    "--seeds", type=click.IntRange(0, 100), default=0, help="runs per point; 5, or 3 if quick"
+    "--seeds", type=click.IntRange(0, 100), default=0, help="runs per point; 4, or 2 if quick"
 )
 @click.option("--quick", is_flag=True, help="small sizes: minutes, but wide intervals")
 @click.option("--plots/--no-plots", default=True, show_default=True, help="draw PNG files")
