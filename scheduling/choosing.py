@@ -42,6 +42,8 @@ class Chooser:
         # Whether any KV is ever swapped.
         self.swaps = rules.preemption != "recompute" and capacity.host_blocks > 0
         self._reactive = self.swaps and rules.swapping == "reactive"
+        # Running ones that go before whoever is looked at, where only those count.
+        self._ahead: list[Sequence] | None = None
         self._now = 0.0
         self._ranked: list[Sequence] = []
         self._residents: list[Sequence] | None = None  # running ones, worst last; made on demand
@@ -58,6 +60,7 @@ class Chooser:
         swapped out, best first. Waiting ones are admitted on the way while the pass has tokens
         left for them."""
         self._ranked, self._residents, self._now = ranked, None, now
+        self._ahead = [] if self.swaps else None
         self.head = None
         self.gave_way = False
         self._kv.head_blocked = False
@@ -69,6 +72,8 @@ class Chooser:
             if len(chosen) == slots:
                 break
             generating = sequence.generating
+            if self._ahead is not None and sequence.phase is Phase.RUNNING:
+                self._ahead.append(sequence)
             if not generating and left <= 0:
                 continue
             if sequence.phase is Phase.RUNNING:
@@ -104,19 +109,21 @@ class Chooser:
         if kv.head_blocked:
             return False
         if sequence.phase is Phase.SWAPPED:
-            let_in = kv.swap_in(sequence, self._now) or (
-                self._make_room(sequence) and kv.swap_in(sequence, self._now)
+            let_in = kv.swap_in(sequence, self._now, self._ahead) or (
+                self._make_room(sequence) and kv.swap_in(sequence, self._now, self._ahead)
             )
             ready = let_in and self._reactive
         elif not self._may_enter(sequence):
             return False
         else:
-            let_in = ready = kv.admit(sequence) or (
-                self._make_room(sequence) and kv.admit(sequence)
+            let_in = ready = kv.admit(sequence, self._ahead) or (
+                self._make_room(sequence) and kv.admit(sequence, self._ahead)
             )
         if not let_in:
             kv.head_blocked = True
             self.head = sequence
+        elif self._ahead is not None:
+            self._ahead.append(sequence)
         return ready
 
     def _may_enter(self, sequence: Sequence) -> bool:
@@ -190,7 +197,7 @@ class Chooser:
         they came back, and have room in the host pool."""
         kv, rank = self._kv, self._policy.rank(head)
         host = kv.swaps.host.free
-        shortage = kv.shortage(head, free)
+        shortage = kv.shortage(head, free, self._ahead)
         victims: list[Sequence] = []
         for sequence in reversed(candidates):
             if shortage <= 0:

@@ -16,7 +16,7 @@ doubled allotment asks for is not in use yet, and the others may end before it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from scheduling.forecast import peak_kv
@@ -113,9 +113,17 @@ class Reservations:
         """How many blocks count as taken because this resident may still take them."""
         return self._outstanding[sequence] if self._summed else 0
 
-    def shortage(self, sequence: Sequence, needed: int, shared: int, free: int) -> int:
+    def shortage(
+        self,
+        sequence: Sequence,
+        needed: int,
+        shared: int,
+        free: int,
+        among: Collection[Sequence] | None = None,
+    ) -> int:
         """How many more than `free` blocks there must be to let in a sequence that takes `needed`
-        at once and shares `shared` others; 0 or less if there are enough."""
+        at once and shares `shared` others; 0 or less if there are enough. A forecast is for those
+        in `among` only, where given: the others will give way to the newcomer."""
         if not sequence.allotment:
             return needed - self.room(free)
         all_of_it = max(needed, self._end(sequence) - shared)
@@ -123,13 +131,13 @@ class Reservations:
             return all_of_it - self.room(free)
         if needed > free or all_of_it + self.total <= free or not self._outstanding:
             return needed - free
-        return max(needed - free, self._capacity.blocks_for(self.excess(sequence)))
+        return max(needed - free, self._capacity.blocks_for(self.excess(sequence, among)))
 
-    def excess(self, newcomer: Sequence) -> int:
-        """By how many tokens the peak of all that are here and a newcomer exceeds the pool. The
-        last block of each counts as half full."""
+    def excess(self, newcomer: Sequence, among: Collection[Sequence] | None = None) -> int:
+        """By how many tokens the peak of all that are here (or of those `among` them) and a
+        newcomer exceeds the pool. The last block of each counts as half full."""
         half, held, remaining = self._capacity.block_size // 2, [], []
-        for sequence in (*self._outstanding, newcomer):
+        for sequence in (*(self._outstanding if among is None else among), newcomer):
             tokens = len(sequence.tokens)
             held.append(tokens + half)
             # One without allotment counts as if it ended soon, as in a paged cache.

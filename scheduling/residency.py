@@ -14,7 +14,7 @@ done, and the books are kept. Knows nothing of requests' outputs or passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from scheduling.blocks import BlockAllocator
@@ -143,23 +143,26 @@ class Residency:
 
     # -- Into the device and out of it -------------------------------------------------------
 
-    def shortage(self, sequence: Sequence, free: int) -> int:
+    def shortage(
+        self, sequence: Sequence, free: int, among: Collection[Sequence] | None = None
+    ) -> int:
         """How many blocks more than `free` there must be to let it in, or back; 0 or less if it
         fits. One block for each that runs unreserved is left over, so that what comes in is not
-        thrown out again as soon as the others grow."""
+        thrown out again as soon as the others grow. `among` as in Reservations.shortage."""
         shared = len(self.prompts.blocks(sequence)) if sequence in self.waiting else 0
         needed = self._capacity.blocks_for(len(sequence.tokens)) - shared
-        return self.reservations.shortage(sequence, needed, shared, free - self._unreserved)
+        free -= self._unreserved
+        return self.reservations.shortage(sequence, needed, shared, free, among)
 
     def gain(self, sequence: Sequence) -> int:
         """By how many blocks a shortage is less when this running sequence gives way."""
         sole = len(self.blocks.sole(sequence.blocks))
         return sole + self.reservations.held_for(sequence) + (not sequence.allotment)
 
-    def admit(self, sequence: Sequence) -> bool:
+    def admit(self, sequence: Sequence, among: Collection[Sequence] | None = None) -> bool:
         """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
         of the prompt are shared with a sibling that has computed them."""
-        if self.shortage(sequence, self.blocks.free) > 0:
+        if self.shortage(sequence, self.blocks.free, among) > 0:
             return False
         shared = self.prompts.blocks(sequence)
         needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
@@ -201,10 +204,12 @@ class Residency:
         self.swaps.out(sequence, now)
         self._blocks_out += len(sequence.host_blocks)
 
-    def swap_in(self, sequence: Sequence, now: float) -> bool:
+    def swap_in(
+        self, sequence: Sequence, now: float, among: Collection[Sequence] | None = None
+    ) -> bool:
         """Begin to copy the KV of a swapped sequence back, into blocks for all its tokens, if there
         is room."""
-        if self.shortage(sequence, self.blocks.free) > 0:
+        if self.shortage(sequence, self.blocks.free, among) > 0:
             return False
         sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
         del self.swapped[sequence]
