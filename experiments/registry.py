@@ -13,6 +13,14 @@ _MODULES = {
     "experiments.rates": ("B3",),
     "experiments.ratios": ("B5",),
     "experiments.frontier": ("FRONTIER",),
+    "experiments.swap": ("B7",),
+    "experiments.admission": ("B8",),
+    "experiments.predictor": ("B9",),
+    "experiments.splitfuse": ("B10",),
+    "experiments.promises": ("B11",),
+    "experiments.tokens": ("B12",),
+    "experiments.balancing": ("B13",),
+    "experiments.batching": ("B15",),
 }
 
 NAMES = tuple(sorted((n for names in _MODULES.values() for n in names), key=lambda n: (len(n), n)))
