@@ -196,8 +196,9 @@ def _passes(executor: ForcedLengths) -> list[StepRecord]:
     """The passes of a short backlogged run of mixed prompts, first come first served."""
     steps: list[StepRecord] = []
     scheduler = DecodeScheduler(executor.capacity, Fcfs(), max_waiting=1 << 30)
+    longest = min(80, executor.capacity.max_context - 64)
     for number in range(4 * executor.capacity.max_sequences):
-        job = Job(f"fit{number}", 0.0, 1 + (number * 37) % 80, 20 + number % 40, 64)
+        job = Job(f"fit{number}", 0.0, 1 + (number * 37) % longest, 20 + number % 40, 64)
         executor.expect(job)
         scheduler.submit(job.request(), 0.0)
     now = 0.0
