@@ -164,7 +164,9 @@ class WorkerConfig(SchedulingConfig):
     advertise_address: str = Field("", description="address that others use; --address if empty")
     device: str = Field("cpu", description="torch device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="number format of weights and KV; the model's own if auto"
+        "auto",
+        description="number format of weights and KV; auto is the model's own, or float32 where "
+        "the CPU has no bfloat16 arithmetic",
     )
     attention_backend: str = Field("auto", description="attention backend, by name")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="torch threads; all cores if 0")

@@ -51,7 +51,7 @@ def load_executor(
     limits.apply()
     config = read_config(path)
     attention = select_attention(attention_backend, device)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    wanted = _slow_as_stored(config.dtype, device) if dtype == "auto" else getattr(torch, dtype)
     model, chosen = build_model(config, wanted, device, attention)
     geometry = KvGeometry(
         model_fingerprint=fingerprint(path),
@@ -104,6 +104,15 @@ def _require(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises either
         raise ConfigError(f"--device {device}: not to be had here: {error}") from error
+
+
+def _slow_as_stored(stored: torch.dtype | None, device: str) -> torch.dtype | None:
+    """float32 for a model stored in bfloat16, on a CPU that would emulate every operation on it
+    (a prompt then takes ten times as long); None, the model's own format, everywhere else."""
+    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if stored is torch.bfloat16 and torch.device(device).type == "cpu" and emulated:
+        return torch.float32
+    return None
 
 
 def _context(model: PagedModel, max_context: int) -> int:

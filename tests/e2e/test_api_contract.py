@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from grpc_status import rpc_status
 
 from baton import wire
@@ -252,7 +253,8 @@ async def test_models_are_listed_with_the_number_format_that_runs(
 ) -> None:
     async with run_stack(DEMO, dtype=dtype, kv_memory=2**24) as stack, stack.client() as client:
         (listed,) = await client.list_models()
-        runs = "bfloat16" if dtype == "auto" else dtype
+        own = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        runs = own if dtype == "auto" else dtype
         assert (listed.weight_dtype, listed.kv_dtype) == (runs, runs)
         assert listed.revision
         assert listed.max_context_tokens == 1024

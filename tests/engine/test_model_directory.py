@@ -79,11 +79,11 @@ def test_half_precision_checkpoints_run_as_float32_exactly(
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_half_precision_checkpoints_run_in_their_own_dtype(
+def test_half_precision_checkpoints_can_run_in_their_own_dtype(
     stored: torch.dtype, save: Callable[..., Any], drive: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = save(small_llama(tie_word_embeddings=True), tmp_path, dtype=stored)
-    driver = drive(tmp_path, budget=4)
+    driver = drive(tmp_path, budget=4, dtype=str(stored).removeprefix("torch."))
     assert driver.executor.pool.geometry.dtype == str(stored).removeprefix("torch.")
     assert driver.executor.pool.storage.dtype is stored
     sequence = driver.add(PROMPT, 8, logprobs=0)
@@ -94,6 +94,15 @@ def test_half_precision_checkpoints_run_in_their_own_dtype(
     for position, logprob in enumerate(found, start=len(PROMPT) - 1):
         token = sequence.tokens[position + 1]
         assert logprob.logprob == pytest.approx(exact[position, token].item(), abs=0.5)
+
+
+def test_bfloat16_runs_as_float32_where_the_processor_would_emulate_it(
+    save: Callable[..., Any], drive: Callable[..., Any], tmp_path: Path
+) -> None:
+    save(small_llama(), tmp_path, dtype=torch.bfloat16)
+    runs = drive(tmp_path, dtype="auto").executor.pool.geometry.dtype
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert runs == ("bfloat16" if supported else "float32")
 
 
 def test_checkpoints_of_the_bare_opt_decoder_are_understood(
