@@ -12,6 +12,8 @@ is no room. Two reasons take blocks from somebody:
 
 from __future__ import annotations
 
+from itertools import islice
+
 from scheduling.cost import CostTracker
 from scheduling.filling import Door
 from scheduling.order import Policy
@@ -101,6 +103,20 @@ class Chooser:
             self._give_way(victim)
         return True
 
+    def instead(self, chosen: list[Sequence], count: int) -> list[Sequence]:
+        """Up to `count` generating sequences that need no block, for the places of those that have
+        to wait for one that is on its way."""
+        taken = set(chosen)
+        others = (
+            s
+            for s in self._ranked
+            if s.phase is Phase.RUNNING
+            and s.generating
+            and s not in taken
+            and not self._kv.lacks_block(s)
+        )
+        return list(islice(others, count))
+
     # -- Letting in --------------------------------------------------------------------------
 
     def _let_in(self, sequence: Sequence) -> bool:
@@ -139,8 +155,8 @@ class Chooser:
         most = self._capacity.max_tokens
         if self._rules.batching == "prefill-first":
             return most
-        generating = sum(s.generating for s in self._kv.running if s is not stuck)
-        return most - min(generating, self._capacity.max_sequences)
+        generating = (None for s in self._kv.running if s.generating and s is not stuck)
+        return most - sum(1 for _ in islice(generating, self._capacity.max_sequences))
 
     def _stuck(self) -> Sequence | None:
         """The worst-ranked running sequence, if it lacks a block while none is free for it. It has
@@ -190,6 +206,18 @@ class Chooser:
         for victim in victims:
             self._swap_out_first(victim)
         return bool(victims)
+
+    def can_give_way_to(self, head: Sequence, free: int) -> bool:
+        """Whether there is a use in looking for victims: somebody that runs is ranked worse than
+        `head`, and it needs more than `free` blocks. Cheap."""
+        if self._kv.shortage(head, free, self._ahead) <= 0:
+            return False
+        for sequence in reversed(self._ranked):
+            if sequence is head:
+                return False
+            if sequence.phase is Phase.RUNNING:
+                return True
+        return False
 
     def victims_for(self, head: Sequence, free: int, candidates: list[Sequence]) -> list[Sequence]:
         """Running sequences whose blocks and `free` others are room for `head`, from the end of

@@ -20,6 +20,8 @@ from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 
 _FLIGHT_SHARE = 8  # unfinished swaps have at most one block in so many, and one swap more
+_REFILL = 1.5  # reserves: free when the refill of a reserve ends, so that it is not begun often
+_PAUSE = 8  # plans without a look at who could be swapped for the reserve, after each look
 _SOON = 2  # batches: who is in one of the next so many, by rank, runs soon
 
 
@@ -39,81 +41,80 @@ class ProactiveSwaps:
         self._kv = residency
         self._chooser = chooser
         self._reserve = rules.reserve(capacity)
+        self._pause = 0
         self._in_flight = max(1, capacity.blocks // _FLIGHT_SHARE)
 
     def begin(self, ranked: list[Sequence], chosen: list[Sequence], now: float) -> list[Sequence]:
         """Begin swaps. Returns `chosen` with the next best in the place of those that leave."""
         kv, head = self._kv, self._chooser.head
-        free = kv.blocks.free + kv.swaps.coming_free()
-        if head is None and free >= self._reserve and not kv.swapped:
-            return chosen
         if kv.swaps.blocks >= self._in_flight:
             return chosen
-        running = set(chosen)
-        idle = any(s not in running for s in kv.running)
-        if head is None and not kv.swapped and not idle:
-            return chosen
-        when = self._policy.next_run(ranked, self._slots, now)
+        free = kv.blocks.free + kv.swaps.coming_free()
         if head is not None:
-            self._make_room(head, ranked, when, free, now)
+            if self._chooser.can_give_way_to(head, free):
+                self._make_room(head, ranked, free, now)
+        elif self._pause:
+            self._pause -= 1
         elif free < self._reserve:
-            self._refill_reserve(running, ranked, when, now)
-        elif not kv.swaps.outs:
-            self._prefetch(ranked, when, now)
+            self._refill_reserve(set(chosen), ranked, now)
+        elif kv.swapped and not kv.swaps.outs:
+            self._prefetch(ranked, now)
         stay = [s for s in chosen if s.phase is not Phase.LEAVING]
         if len(stay) == len(chosen):
             return chosen
-        spare = (s for s in ranked if s.phase is Phase.RUNNING and s not in running)
+        before = set(chosen)
+        spare = (s for s in ranked if s.phase is Phase.RUNNING and s not in before)
         return [*stay, *islice(spare, self._slots - len(stay))]
 
-    def _make_room(
-        self, head: Sequence, ranked: list[Sequence], when: list[float], free: int, now: float
-    ) -> None:
+    def _make_room(self, head: Sequence, ranked: list[Sequence], free: int, now: float) -> None:
         """Swap out worse-ranked ones for the best of those that found no room."""
+        when = self._policy.next_run(ranked, self._slots, now)
         place = ranked.index(head)
-        later = sorted(zip(when[place:], ranked[place:], strict=True), key=_latest_last)
+        later = sorted(zip(when[place:], ranked[place:], strict=True), key=_time)
         for sequence in self._chooser.victims_for(head, free, [s for _, s in later]):
             if self._kv.swaps.blocks >= self._in_flight:
                 return
             self._kv.swap_out(sequence, now)
 
-    def _refill_reserve(
-        self, running: set[Sequence], ranked: list[Sequence], when: list[float], now: float
-    ) -> None:
-        """Swap out those that will not run for longest, until the reserve is free again."""
+    def _refill_reserve(self, running: set[Sequence], ranked: list[Sequence], now: float) -> None:
+        """Swap out those that will not run for longest, until more than the reserve is free."""
         kv = self._kv
+        if len(kv.running) <= len(running):
+            return
+        when = self._policy.next_run(ranked, self._slots, now)
         idle = [
             (time, s)
             for time, s in zip(when, ranked, strict=True)
             if s.phase is Phase.RUNNING and time > 0 and s not in running and s not in kv.fresh
         ]
-        idle.sort(key=_latest_last)
-        missing = self._reserve - kv.blocks.free - kv.swaps.coming_free()
+        idle.sort(key=_time)
+        missing = int(_REFILL * self._reserve) - kv.blocks.free - kv.swaps.coming_free()
         while missing > 0 and idle and kv.swaps.blocks < self._in_flight:
             time, sequence = idle.pop()
             if kv.swaps.has_room(sequence) and time > kv.swaps.there_and_back(sequence):
                 missing -= kv.gain(sequence)
                 kv.swap_out(sequence, now)
+        self._pause = _PAUSE
 
-    def _prefetch(self, ranked: list[Sequence], when: list[float], now: float) -> None:
+    def _prefetch(self, ranked: list[Sequence], now: float) -> None:
         """Swap in those that will run soonest, as long as the reserve stays free."""
-        kv = self._kv
-        soon = self._slots * _SOON
-        nearest = sorted(
-            (
-                (time, s)
-                for time, s in zip(when[:soon], ranked[:soon], strict=True)
-                if s.phase is Phase.SWAPPED
-            ),
-            key=_latest_last,
-        )
+        kv, soon = self._kv, ranked[: self._slots * _SOON]
+        reserve = max(0, self._reserve - kv.headroom)  # besides what is left over anyway
+        if kv.blocks.free <= reserve + kv.headroom:
+            return
+        if not any(s.phase is Phase.SWAPPED for s in soon):
+            return
+        when = self._policy.next_run(soon, self._slots, now)
+        timed = zip(when, soon, strict=True)
+        nearest = sorted(((t, s) for t, s in timed if s.phase is Phase.SWAPPED), key=_time)
         for _, sequence in nearest:
             if kv.swaps.blocks >= self._in_flight:
                 return
-            if kv.shortage(sequence, kv.blocks.free - self._reserve) > 0:
+            if kv.shortage(sequence, kv.blocks.free - reserve) > 0:
+                self._pause = _PAUSE
                 return
             kv.swap_in(sequence, now)
 
 
-def _latest_last(item: tuple[float, Sequence]) -> float:
+def _time(item: tuple[float, Sequence]) -> float:
     return item[0]

@@ -143,21 +143,27 @@ class Residency:
 
     # -- Into the device and out of it -------------------------------------------------------
 
+    @property
+    def headroom(self) -> int:
+        """Blocks left over when somebody is let in: one for each without a reservation that may
+        grow in the next pass, so that nobody is thrown out again at once."""
+        return min(self._unreserved, self._capacity.max_sequences)
+
     def shortage(
         self, sequence: Sequence, free: int, among: Collection[Sequence] | None = None
     ) -> int:
-        """How many blocks more than `free` there must be to let it in, or back; 0 or less if it
-        fits. One block for each that runs unreserved is left over, so that what comes in is not
-        thrown out again as soon as the others grow. `among` as in Reservations.shortage."""
+        """How many blocks more than `free` there must be to let it in, or back, and leave the
+        headroom; 0 or less if there are enough. `among` as in Reservations.shortage."""
         shared = len(self.prompts.blocks(sequence)) if sequence in self.waiting else 0
         needed = self._capacity.blocks_for(len(sequence.tokens)) - shared
-        free -= self._unreserved
+        free -= self.headroom
         return self.reservations.shortage(sequence, needed, shared, free, among)
 
     def gain(self, sequence: Sequence) -> int:
         """By how many blocks a shortage is less when this running sequence gives way."""
         sole = len(self.blocks.sole(sequence.blocks))
-        return sole + self.reservations.held_for(sequence) + (not sequence.allotment)
+        headroom = not sequence.allotment and self._unreserved <= self._capacity.max_sequences
+        return sole + self.reservations.held_for(sequence) + headroom
 
     def admit(self, sequence: Sequence, among: Collection[Sequence] | None = None) -> bool:
         """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
