@@ -1,8 +1,8 @@
 """Output lengths in the gateway: predicted at intake, learnt when a request is over.
 
 The online predictor (scheduling/length.py) is always there and learns from everything. A
-transformers classifier, if there is one, is asked first; when it is late or dead, the online
-predictor's answer stands.
+transformers classifier, if there is one, is asked too, and believed as far as it was better
+lately; when it is late or dead, the online predictor's answer stands.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class PredictorSettings:
             rows=self.rows + SIZE_ROWS,
             rank=min(self.rank, len(self.buckets)),
             recalled=self.recalled,
-            tallies=2 * len(self.buckets) + len(_TILTS) + 2 + TALLIES,
+            tallies=2 * len(self.buckets) + len(_TILTS) + 4 + TALLIES,
             keep=float(0.5 ** (1 / self.half_life)),
             identity=digest.hexdigest(),
         )
@@ -85,6 +85,7 @@ class Prediction:
     max_tokens: int
     mean: float  # what is expected of a request that nothing is known of
     majority: int  # the most frequent bucket
+    rivals: tuple[Floats, Floats] | None = field(default=None, repr=False)  # see `adopted`
 
     @property
     def estimate(self) -> LengthEstimate | None:
@@ -111,7 +112,8 @@ class LengthPredictor:
         self._curves = np.array(curves, np.float32)  # [rank, buckets]
         self._of_losses = 2 * count
         self._of_recall = self._of_losses + len(_TILTS)
-        self._of_report = self._of_recall + 2
+        self._of_rivals = self._of_recall + 2
+        self._of_report = self._of_rivals + 2
 
     # -- Predicting ------------------------------------------------------------------------
 
@@ -130,7 +132,8 @@ class LengthPredictor:
         return self._said(features, max_tokens, blend, expected)
 
     def adopted(self, prediction: Prediction, probabilities: Sequence[float]) -> Prediction:
-        """`prediction` with the probabilities that another classifier gives the same buckets.
+        """`prediction`, mixed with the probabilities that another classifier gives the same
+        buckets, each weighted by how well it predicted lately. During warm-up the other's alone.
 
         Raises ValueError if they are not probabilities of these buckets.
         """
@@ -138,9 +141,16 @@ class LengthPredictor:
         if blend.shape != self._edges.shape or not (blend >= 0).all() or not blend.sum() > 0:
             raise ValueError("not the probabilities of these buckets")
         blend /= blend.sum()
-        expected = self._expected(blend, prediction.max_tokens)
-        said = self._said(prediction.features, prediction.max_tokens, blend, expected)
-        return replace(said, ripe=True)
+        most = prediction.max_tokens
+        rivals = (prediction.probabilities, self._cut(blend, most))
+        ours, theirs = 0.0, 1.0
+        if prediction.ripe:
+            ours, theirs = _softmax(-self.state.tallies[self._of_rivals : self._of_report])
+        mixed = np.zeros(len(self._edges))
+        mixed[: len(rivals[0])] = ours * rivals[0] + theirs * rivals[1]
+        expected = ours * prediction.guess.tokens + theirs * self._expected(blend, most)
+        said = self._said(prediction.features, most, mixed, float(expected))
+        return replace(said, ripe=True, rivals=rivals)
 
     def _expected(self, probabilities: Floats, max_tokens: int) -> float:
         return float(probabilities @ np.minimum(self._mean_lengths(), max_tokens))
@@ -186,7 +196,7 @@ class LengthPredictor:
 
     def _trust(self) -> float:
         """Share of prompts known again whose output was in the bucket of the last one."""
-        right, wrong = self.state.tallies[self._of_recall : self._of_report]
+        right, wrong = self.state.tallies[self._of_recall : self._of_rivals]
         return float((right + 0.5) / (right + wrong + 1.0))
 
     def _recalled(self, features: Features) -> int | None:
@@ -213,6 +223,7 @@ class LengthPredictor:
         bucket = self.settings.buckets.of(tokens)
         truth = np.zeros(len(self._edges))
         truth[bucket] = 1.0
+        self._compare(prediction, truth)
         self._recall(prediction.features, tokens, bucket)
         self._update(prediction.features, truth, tokens)
 
@@ -231,6 +242,7 @@ class LengthPredictor:
         least = self.settings.buckets.of(tokens)
         possible = np.zeros(len(self._edges))
         possible[least:] = 1.0
+        self._compare(prediction, possible)
         self._update(prediction.features, possible, None)
 
     def judged(self, prediction: Prediction, tokens: int) -> Judged:
@@ -251,6 +263,15 @@ class LengthPredictor:
         """Note how good a prediction was, if it was told."""
         if prediction.ripe:
             self.state.tallies[self._of_report :] += self.judged(prediction, tokens).tally()
+
+    def _compare(self, prediction: Prediction, possible: Floats) -> None:
+        """Note how well each of two rivals has predicted."""
+        if prediction.rivals is None:
+            return
+        possible = (self._cut(possible, prediction.max_tokens) > 0).astype(float)
+        for number, probabilities in enumerate(prediction.rivals):
+            loss = -math.log(max(float(probabilities @ possible), _LEAST))
+            self.state.tallies[self._of_rivals + number] += loss
 
     def _recall(self, features: Features, tokens: int, bucket: int) -> None:
         place, tag = self._place(features)

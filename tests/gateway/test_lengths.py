@@ -148,7 +148,7 @@ class Scripted:
         return self.answer
 
 
-async def test_a_classifier_is_asked_first(tokenizer: Tokenizer) -> None:
+async def test_a_classifier_is_believed_before_anything_was_learnt(tokenizer: Tokenizer) -> None:
     classifier = Scripted([0.0, 0.0, 1.0, 0.0])
     bench = Bench(tokenizer, classifier=classifier)
     prompt = tokenizer.encode("hello world")

@@ -168,6 +168,34 @@ def test_a_request_that_was_cancelled_before_its_first_token_teaches_nothing() -
     assert predictor.state.seen == 0
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_another_classifier_is_believed_as_far_as_it_is_better(good: bool) -> None:
+    rng = random.Random(12)
+    buckets = SETTINGS.buckets
+    predictor = LengthPredictor(SETTINGS)
+    for turn in range(200):
+        tokens = rng.choice((20, 300))
+        prediction = predictor.predict(tuple(noise(rng)), MAX_TOKENS)
+        said = [0.0] * len(buckets)
+        said[buckets.of(tokens if good else 320 - tokens)] = 1.0
+        both = predictor.adopted(prediction, said)
+        assert both.ripe
+        if turn > 100:
+            named = int(both.probabilities.argmax())
+            own = int(prediction.probabilities.argmax())
+            assert named == (buckets.of(tokens) if good else own)
+        predictor.learn(both, tokens)
+
+
+def test_what_are_no_probabilities_of_the_buckets_is_refused() -> None:
+    predictor = LengthPredictor(SETTINGS)
+    prediction = predictor.predict((1, 2, 3), MAX_TOKENS)
+    count = len(SETTINGS.buckets)
+    for wrong in ([1.0], [0.0] * count, [-1.0] * count, [float("nan")] * count):
+        with pytest.raises(ValueError, match="not the probabilities"):
+            predictor.adopted(prediction, wrong)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     prompts=st.lists(
