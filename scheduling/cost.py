@@ -123,6 +123,11 @@ class CostTracker:
         self._since = 0
         self._prompts = self._generation = False  # what the model was fitted to
 
+    @property
+    def learns(self) -> bool:
+        """False if the model stays what it is, whatever `add` is told."""
+        return self._every > 0
+
     def add(self, record: StepRecord) -> None:
         """A pass has run."""
         if not self._every:

@@ -7,10 +7,13 @@
 There is no prefill phase and no decode phase: every sequence lets `computed` catch up with its
 tokens, generation first. Who holds KV blocks and who gives way is scheduling/residency.py.
 
-Why this never stands still: blocks are taken away only by a sequence that samples a token in the
-very same pass. Between two such passes recomputation only advances, so it ends in sampled tokens
-too; and tokens, once sampled, are kept. (A sequence may have to wait for blocks that a KV
-transfer is filling. Transfers have deadlines.)
+Why this never stands still: KV is thrown away only for a sequence that samples a token in the very
+same pass. Between two such passes recomputation only advances, so it ends in sampled tokens too;
+and tokens, once sampled, are kept. A swap loses nothing that was computed, and who was brought back
+runs before it goes again, unless somebody grows. The best-ranked sequence on the device takes what
+it lacks from the others there, or what a swap is about to free; with nobody there, the best of all
+is let in. (It may have to wait for blocks that a KV transfer or a swap is using. Transfers have
+deadlines, swaps end, and a plan without chunks waits for one.)
 
 Between `plan` and `apply` a pass reads the plan's sequences on another thread. All other methods
 may be called meanwhile: they leave those sequences as they are until `apply`.
@@ -20,16 +23,17 @@ Knows nothing of models, transports or gateways, and reads no clock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from itertools import islice
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
-from baton.types import Finish, Load, Logprob, Output, Request
+from baton.types import Finish, Load, Output, Request
 from scheduling.admission import longest_kv, require_fit
 from scheduling.budget import batching
 from scheduling.choosing import Chooser
 from scheduling.cost import CostTracker, StepRecord, Work
-from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
+from scheduling.events import DecodeEvent, RequestFailed
 from scheduling.filling import Door
 from scheduling.group import Group
 from scheduling.order import Policy
@@ -194,6 +198,9 @@ class DecodeScheduler:
             generating = []
         grown = (s for s in generating if self._chooser.grow(s))
         ready = list(islice(grown, self._capacity.max_tokens))
+        if len(ready) < len(generating) and self._chooser.proactive:
+            spare = self._capacity.max_sequences - len(prompts) - len(ready)
+            ready += self._chooser.instead(chosen, spare)
         here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
         prompts = [s for s in prompts if s.phase in here]
         return self._batching(ready, prompts, self._capacity.max_tokens)
@@ -212,7 +219,7 @@ class DecodeScheduler:
         for chunk, _, logprobs in live:
             chunk.sequence.computed += chunk.length
             self._policy.charge(chunk.sequence, result.seconds, now)
-            events += self._prompt_news(chunk, logprobs, now)
+            events += self._groups[chunk.sequence.request.id].prompt_news(chunk, logprobs, now)
         for chunk, sampled, _ in live:
             if sampled is not None:
                 if chunk.start < chunk.sequence.prompt_length:
@@ -251,27 +258,44 @@ class DecodeScheduler:
         )
 
     def apply_stride(
-        self, plan: StepPlan, passes: int, token_id: int, seconds: float, now: float
+        self,
+        plan: StepPlan,
+        passes: int,
+        token_id: int,
+        seconds: float,
+        now: float,
+        last: Items[int] | None = None,
     ) -> list[DecodeEvent]:
         """Take what `passes` passes gave, at most as many as `stride` said, that took `seconds` in
-        all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them.
-        One event per sequence."""
-        work = Work.of(plan)
+        all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them;
+        the last one `last[i]` for chunk i, if given. One event per sequence."""
         self._end_pass(plan)
         self._drop_doomed()
-        for done in range(passes):
-            then = replace(work, context=work.context + done * work.sequences)
-            self.cost.add(StepRecord(then, seconds / passes))
-        live = [c.sequence for c in plan.chunks if self._is_live(c.sequence)]
-        for sequence in live:
+        if self.cost.learns:
+            work = Work.of(plan)
+            for done in range(passes):
+                then = replace(work, context=work.context + done * work.sequences)
+                self.cost.add(StepRecord(then, seconds / passes))
+        ending = last or (token_id,) * len(plan.chunks)
+        live = [
+            (chunk.sequence, token)
+            for chunk, token in zip(plan.chunks, ending, strict=True)
+            if self._is_live(chunk.sequence)
+        ]
+        before = (token_id,) * (passes - 1)
+        for sequence, _ in live:
             self._kv.grow_by(sequence, passes)
-            sequence.tokens += [token_id] * (passes - 1)
+            sequence.tokens += before
             sequence.computed += passes
             self._policy.charge(sequence, seconds, now)
-        last = Sampled(token_id)
-        before = (token_id,) * (passes - 1)
-        outputs = [self._emit(sequence, last) for sequence in live]
-        return [replace(output, token_ids=before + output.token_ids) for output in outputs]
+        events: list[DecodeEvent] = []
+        for sequence, token in live:
+            finish = sequence.append(token)
+            if finish is not None:
+                self._finish(sequence, finish)
+            tokens = (*before, token)
+            events.append(Output(sequence.request.id, sequence.index, tokens, finish=finish))
+        return events
 
     # -- Facts -----------------------------------------------------------------------------
 
@@ -330,9 +354,7 @@ class DecodeScheduler:
         self._kv.fresh -= self._in_pass
         self._kv.blocks.begin_pass()
         for sequence in self._in_pass:
-            prompt = self._groups[sequence.request.id].prompt
-            if prompt is not None:
-                prompt.begin(now)
+            self._groups[sequence.request.id].begin_pass(now)
 
     def _end_pass(self, plan: StepPlan) -> None:
         if plan is not self._plan:
@@ -351,24 +373,6 @@ class DecodeScheduler:
         for sequence in self._doomed:
             self._kv.drop(sequence)
         self._doomed.clear()
-
-    def _prompt_news(
-        self, chunk: Chunk, logprobs: tuple[Logprob, ...], now: float
-    ) -> list[DecodeEvent]:
-        """Note the pass in the prompt's record; report and close it when the prompt is done."""
-        group = self._groups[chunk.sequence.request.id]
-        if group.prompt is None:
-            return []
-        group.prompt.add(chunk, logprobs)
-        if not chunk.sample:
-            return []
-        record, group.prompt = group.prompt, None
-        events: list[DecodeEvent] = [
-            LocalPrefill(group.request.id, record.queued, record.computed(now))
-        ]
-        if group.request.prompt_logprobs is not None:
-            events.append(PromptLogprobs(group.request.id, tuple(record.logprobs)))
-        return events
 
     def _emit(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Append a token that was sampled here."""

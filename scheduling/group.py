@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Request
+from baton.types import Logprob, Request
+from scheduling.events import LocalPrefill, PromptLogprobs
+from scheduling.plan import Chunk
 from scheduling.prompt import PromptRecord
 from scheduling.sequence import Sequence
 
@@ -23,3 +25,25 @@ class Group:
         """All sequences of `request` but those that an earlier attempt has finished."""
         indexes = (i for i in range(request.sampling.n) if not request.prior(i).finished)
         return cls(request, [Sequence.start(request, i, now) for i in indexes], prompt)
+
+    def begin_pass(self, now: float) -> None:
+        """A pass with a part of it begins."""
+        if self.prompt is not None:
+            self.prompt.begin(now)
+
+    def prompt_news(
+        self, chunk: Chunk, logprobs: tuple[Logprob, ...], now: float
+    ) -> list[LocalPrefill | PromptLogprobs]:
+        """Note a chunk in the prompt's record; report and close it when the prompt is done."""
+        if self.prompt is None:
+            return []
+        self.prompt.add(chunk, logprobs)
+        if not chunk.sample:
+            return []
+        record, self.prompt = self.prompt, None
+        events: list[LocalPrefill | PromptLogprobs] = [
+            LocalPrefill(self.request.id, record.queued, record.computed(now))
+        ]
+        if self.request.prompt_logprobs is not None:
+            events.append(PromptLogprobs(self.request.id, tuple(record.logprobs)))
+        return events
