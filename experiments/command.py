@@ -20,6 +20,8 @@ from experiments.experiment import Bar, Experiment, Run, Table
 from experiments.records import EngineName, Results
 from experiments.registry import chosen
 
+_WIDTH = 160  # columns, where there is no terminal that has any
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -69,7 +71,10 @@ def run(options: Options, console: Console | None = None) -> Results:
         raise ConfigError(f"--engine {options.engine}: real, simulator or both")
     if options.plots:
         plots.require_matplotlib()
-    console = console or Console(stderr=True)
+    if console is None:
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            console = Console(stderr=True, width=_WIDTH)
     experiments = chosen(options.only)
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -51,6 +51,7 @@ _COLORS = {
     "dynamic": "#E3A33B",
     "continuous": "#1F77B4",
 }
+_SEEDS_FOR_A_BAND = 3  # the interval of two covers the whole plot
 ENGINE_TITLES = {"real": "real engine", "simulator": "simulator"}
 
 
@@ -111,8 +112,9 @@ def line(axes: Axes, xs: Sequence[float], records: Sequence[Record], label: str)
     """Values over `xs` in the colour of `label`, with their intervals as a band."""
     shade = color(label)
     axes.plot(xs, [r.value for r in records], "o-", color=shade, label=label, ms=3.5, lw=1.6)
-    low, high = [r.ci_low for r in records], [r.ci_high for r in records]
-    axes.fill_between(xs, low, high, color=shade, alpha=0.18, lw=0)
+    if all(r.seeds >= _SEEDS_FOR_A_BAND for r in records):
+        low, high = [r.ci_low for r in records], [r.ci_high for r in records]
+        axes.fill_between(xs, low, high, color=shade, alpha=0.12, lw=0)
 
 
 def bars(axes: Axes, records: Sequence[Record], *, names: bool) -> None:

@@ -37,7 +37,7 @@ _COMPARED = {
 def _measure(run: Run) -> list[Record]:
     orders = tuple(order for order in ORDERS if order.label in _COMPARED[run.engine])
     loads = run.sized(_TRANSIENT_LOADS, (1.0, 2.0, 4.0))
-    made = _sweep(run, _TRANSIENT, orders, run.sized(400, 150), loads)
+    made = _sweep(run, _TRANSIENT, orders, 400, loads)
     if run.engine == "simulator" and not run.quick:
         few = tuple(order for order in ORDERS if order.label in _COMPARED["real"])
         some = replace(run, seeds=run.seeds[:_STEADY_SEEDS])
