@@ -110,4 +110,4 @@ def _real(run: Run) -> Stage:
         max_context=WHOLE // _REAL_SCALE * 2,
     )
     engine = tiny_llama(layers=1, hidden=448, capacity=capacity)
-    return Stage(engine, engine.cost, _REAL_SCALE, run.sized(128, 48))
+    return Stage(engine, engine.cost, _REAL_SCALE, run.sized(128, 32))

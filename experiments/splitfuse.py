@@ -35,14 +35,15 @@ def _point(budget: int) -> Point:
 def _measure(run: Run) -> list[Record]:
     ground = stage(run)
     samples = Samples(NAME, run.engine)
-    run.progress.expect(len(run.seeds) * (1 + len(BUDGETS)))
+    budgets = run.sized(BUDGETS, (768, CHOSEN))
+    run.progress.expect(len(run.seeds) * (1 + len(budgets)))
     for number, seed in enumerate(run.seeds):
-        for budget in rotated((WHOLE, *BUDGETS), number):
+        for budget in rotated((WHOLE, *budgets), number):
             point = _point(budget)
             outcome = ground.serve(_SHAPE, seed, batching=point.policy, budget=budget)
             samples.add(point, **_metrics(outcome))
             run.progress.done(f"{NAME} {point.policy} {budget}")
-    for budget in BUDGETS:
+    for budget in budgets:
         for metric in _METRICS:
             samples.compare(_point(WHOLE), _point(budget), metric)
     return samples.records()

@@ -111,13 +111,13 @@ def crossing(rates: Sequence[float], latencies: Sequence[float], limit: float) -
 def _measure(run: Run) -> list[Record]:
     samples = Samples(NAME, "simulator")
     machine = _Machine()
-    count = run.sized(400, 300)
+    count, rates = run.sized(400, 250), run.sized(_RATES, _RATES[::2])
     more = SETTINGS[1:] if not run.quick else ()
     run.progress.expect(len(WAYS) * (len(run.seeds) + len(more)))
     for number, seed in enumerate(run.seeds):
         for way in rotated(tuple(WAYS), number):
             for setting in (MAIN, *more) if seed == run.seeds[0] else (MAIN,):
-                _sweep(samples, machine, setting, way, count, seed)
+                _sweep(samples, machine, setting, way, rates, count, seed)
                 run.progress.done(f"{NAME} {way}, {setting.label}")
     for setting in (MAIN, *more):
         ahead = _point(setting, "proactive")
@@ -127,18 +127,24 @@ def _measure(run: Run) -> list[Record]:
 
 
 def _sweep(
-    samples: Samples, machine: _Machine, setting: Setting, way: str, count: int, seed: int
+    samples: Samples,
+    machine: _Machine,
+    setting: Setting,
+    way: str,
+    rates: Sequence[float],
+    count: int,
+    seed: int,
 ) -> None:
     """One rate after the other, until the promise is broken."""
     latencies = []
-    for rate in _RATES:
+    for rate in rates:
         outcome = machine.serve(setting, way, rate, count, seed)
         latencies.append(outcome.after_warmup().mean_normalized())
         if setting == MAIN:
             samples.add(Point(way, axis="requests/s", at=rate), **_metrics(outcome))
         if latencies[-1] > machine.slo:
             break
-    found = crossing(_RATES, latencies, machine.slo)
+    found = crossing(rates, latencies, machine.slo)
     samples.add(_point(setting, way), rate_at_slo_per_s=found)
 
 
