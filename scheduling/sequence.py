@@ -77,6 +77,11 @@ class Sequence:
     expected: float = 0.0  # output tokens, as predicted
     rank: Rank | None = None  # its place; None: not known since something changed
 
+    prompt_length: int = field(init=False)  # tokens of the prompt
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.request.prompt_ids)
+
     @classmethod
     def start(cls, request: Request, index: int, now: float) -> Sequence:
         """Sequence `index` of `request`, with what earlier attempts generated already in it."""
@@ -96,11 +101,6 @@ class Sequence:
         return (self.request.id, self.index)
 
     @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
     def generated(self) -> int:
         """Output tokens so far, those of earlier attempts included."""
         return len(self.tokens) - self.prompt_length
@@ -113,7 +113,8 @@ class Sequence:
     @property
     def generating(self) -> bool:
         """True when one more token of KV gives the next output token."""
-        return self.uncomputed == 1 and self.generated > 0
+        tokens = len(self.tokens)
+        return tokens - self.computed == 1 and tokens > self.prompt_length
 
     def move(self, phase: Phase) -> None:
         """Change phase; a move that is not in the table is a bug in the caller."""

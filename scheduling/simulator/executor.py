@@ -80,6 +80,14 @@ class CostExecutor:
         """Output tokens that are still to come; at least 1 while the sequence lives."""
         return self._length_at_end[sequence] - len(sequence.tokens)
 
+    def after(self, plan: StepPlan, passes: int) -> tuple[int, ...]:
+        """The token that each sequence of a generation pass samples in the last of so many."""
+        at_end = self._length_at_end
+        return tuple(
+            EOS if len(c.sequence.tokens) + passes >= at_end[c.sequence] else PLAIN
+            for c in plan.chunks
+        )
+
     def execute(self, plan: StepPlan, now: float) -> StepResult:
         """Run a pass that begins `now`."""
         end = now

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import astuple, dataclass, field
 
 from baton.errors import InvalidRequest, Overloaded
 from baton.types import Output
 from scheduling.cost import CostTracker, LinearCost
 from scheduling.decode import DecodeScheduler
+from scheduling.events import DecodeEvent
 from scheduling.order import Policy
 from scheduling.plan import Capacity, StepPlan, StepResult
 from scheduling.routing import Candidate
@@ -121,7 +123,7 @@ class SimulatedWorker:
         `first_token_at`, and it was not the last."""
         self._catch_up(now)
         live = self._live[job.id]
-        self._note(live, first_token_at)
+        self._note(live, [first_token_at])
         self.scheduler.arrived(live.sequence, PLAIN, now)
         self._kv_tokens += job.prompt_tokens
         self.peak_kv_tokens = max(self.peak_kv_tokens, self._kv_tokens)
@@ -171,26 +173,29 @@ class SimulatedWorker:
         assert done is not None
         self._pass = None
         if done.stride is not None:
-            self._apply_stride(done, done.stride, done.passes, done.ends)
-            return []
+            return self._apply_stride(done, done.stride, done.passes, done.ends)
         events = self.scheduler.apply(done.plan, done.result, done.ends)
         self._count(1, done.result.seconds, done.plan.tokens)
+        return self._outputs(events, [done.ends])
+
+    def _outputs(self, events: Iterable[DecodeEvent], times: Items[float]) -> list[Served]:
+        """Note what was sampled, one token per sequence at each of `times`."""
         served = []
         for event in events:
             if isinstance(event, Output):
                 live = self._live[event.request_id]
-                self._note(live, done.ends)
+                self._note(live, times)
                 if event.finish is not None:
-                    served.append(self._finish(live, done.ends))
+                    served.append(self._finish(live, times[-1]))
         return served
 
     # -- Strides ---------------------------------------------------------------------------
 
     def _lengthen(self, running: _Pass) -> None:
-        """Take in the passes that will follow with the same sequences, as far as nobody ends and
-        no swap does."""
+        """Take in the passes that will follow with the same sequences, up to the first that ends
+        somebody or a swap."""
         plan, link = running.plan, self.executor.link
-        most = min((self.executor.remaining(c.sequence) for c in plan.chunks), default=0) - 1
+        most = min((self.executor.remaining(c.sequence) for c in plan.chunks), default=0)
         if most < 2 or plan.swap_out or plan.swap_in or running.result.swapped:
             return
         stride = Stride.of(plan, running.result.seconds, self.spec.cost)
@@ -229,24 +234,21 @@ class SimulatedWorker:
         running.begins, running.ends = boundary, boundary + running.result.seconds
         running.stride, running.passes = None, 1
 
-    def _apply_stride(self, done: _Pass, stride: Stride, passes: int, now: float) -> None:
-        seconds = stride.seconds(passes)
-        self.scheduler.apply_stride(done.plan, passes, PLAIN, seconds, now)
-        self._count(passes, seconds, passes * len(done.plan.chunks))
-        if self._keep_token_times:
-            ends = stride.ends(done.begins, passes)
-            for chunk in done.plan.chunks:
-                times = self._live[chunk.sequence.request.id].token_times
-                assert times is not None
-                times += ends
+    def _apply_stride(self, done: _Pass, stride: Stride, passes: int, now: float) -> list[Served]:
+        plan, seconds = done.plan, stride.seconds(passes)
+        last = self.executor.after(plan, passes)
+        events = self.scheduler.apply_stride(plan, passes, PLAIN, seconds, now, last)
+        self._count(passes, seconds, passes * len(plan.chunks))
+        kept = self._keep_token_times
+        return self._outputs(events, stride.ends(done.begins, passes) if kept else [now])
 
     # -- Books -----------------------------------------------------------------------------
 
-    def _note(self, live: _Live, now: float) -> None:
+    def _note(self, live: _Live, times: Items[float]) -> None:
         if live.first_token_at is None:
-            live.first_token_at = now
+            live.first_token_at = times[0]
         if live.token_times is not None:
-            live.token_times.append(now)
+            live.token_times += times
 
     def _finish(self, live: _Live, now: float) -> Served:
         job = live.job
