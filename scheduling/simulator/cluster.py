@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from scheduling.routing import Candidate, make_router
+from scheduling.routing import make_router
 from scheduling.simulator.outcome import Outcome, Served
 from scheduling.simulator.prefill_worker import HandedOff, SimulatedPrefillWorker, Transfer
 from scheduling.simulator.queue import QueueOrder, WaitingQueue
@@ -214,14 +214,7 @@ class _Cluster:
         capacity = self._spec.prefill.capacity
         most = self._spec.ahead_passes * capacity.max_tokens
         candidates = [
-            Candidate(
-                name,
-                sequences=worker.jobs,
-                queued_tokens=worker.queued_tokens,
-                free_blocks=(load := worker.scheduler.load()).free_blocks,
-                total_blocks=load.total_blocks,
-                outstanding_tokens=0,
-            )
+            worker.candidate(name)
             for name, worker in self._prefill.items()
             if not worker.jobs or worker.queued_tokens + job.prompt_tokens <= most
         ]

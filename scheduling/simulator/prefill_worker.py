@@ -10,6 +10,7 @@ from scheduling.cost import CostTracker
 from scheduling.events import PrefillAdvanced, Prefilled
 from scheduling.plan import StepPlan, StepResult
 from scheduling.prefill import PrefillScheduler
+from scheduling.routing import Candidate
 from scheduling.simulator.executor import CostExecutor
 from scheduling.simulator.traffic import Job
 from scheduling.simulator.worker import WorkerSpec
@@ -62,6 +63,7 @@ class SimulatedPrefillWorker:
         self._transfer = transfer
         self._link_free_at = 0.0
         self._prompts: dict[str, _Prompt] = {}
+        self._candidate: Candidate | None = None
         self._pass: tuple[StepPlan, StepResult, float] | None = None
 
     def submit(self, job: Job, now: float) -> bool:
@@ -70,6 +72,7 @@ class SimulatedPrefillWorker:
             sequence = self.scheduler.submit(job.request(), now)
         except (InvalidRequest, Overloaded):
             return False
+        self._candidate = None
         self._prompts[job.id] = _Prompt(job)
         self.executor.expect(sequence, job.output_tokens)
         self.queued_tokens += job.prompt_tokens
@@ -77,12 +80,27 @@ class SimulatedPrefillWorker:
 
     def release(self, blocks: Items[int]) -> None:
         """The KV in these blocks has been read."""
+        self._candidate = None
         self.scheduler.release(blocks)
 
     @property
     def ends(self) -> float | None:
         """When the pass that runs ends; None if none does."""
         return None if self._pass is None else self._pass[2]
+
+    def candidate(self, name: str) -> Candidate:
+        """What a router sees of it, under this name; the same until something happens here."""
+        if self._candidate is None:
+            load = self.scheduler.load()
+            self._candidate = Candidate(
+                name,
+                sequences=len(self._prompts),
+                queued_tokens=self.queued_tokens,
+                free_blocks=load.free_blocks,
+                total_blocks=load.total_blocks,
+                outstanding_tokens=0,
+            )
+        return self._candidate
 
     @property
     def jobs(self) -> int:
@@ -91,6 +109,7 @@ class SimulatedPrefillWorker:
 
     def begin(self, now: float) -> float | None:
         """Start the next pass; returns when it ends, or None if nothing can run now."""
+        self._candidate = None
         plan = self.scheduler.plan(now)
         if plan is None:
             return None
@@ -100,6 +119,7 @@ class SimulatedPrefillWorker:
 
     def end(self) -> list[HandedOff]:
         """The pass is over: returns the prompts that it completed."""
+        self._candidate = None
         assert self._pass is not None
         (plan, result, now), self._pass = self._pass, None
         self.steps += 1

@@ -91,6 +91,7 @@ class SimulatedWorker:
         self._strides = strides
         self._keep_token_times = keep_token_times
         self._live: dict[str, _Live] = {}
+        self._candidate: Candidate | None = None
         self._pass: _Pass | None = None
         self._kv_tokens = 0
         self._preemptions = 0
@@ -121,6 +122,7 @@ class SimulatedWorker:
     def arrived(self, job: Job, first_token_at: float, now: float) -> None:
         """The KV of its prompt is here. The client has had the first token since
         `first_token_at`, and it was not the last."""
+        self._candidate = None
         self._catch_up(now)
         live = self._live[job.id]
         self._note(live, [first_token_at])
@@ -130,6 +132,7 @@ class SimulatedWorker:
 
     def abandon(self, job: Job, now: float) -> None:
         """The KV that room was reserved for will not come: the job has ended elsewhere."""
+        self._candidate = None
         self._catch_up(now)
         live = self._live.pop(job.id)
         self.executor.forget(live.sequence)
@@ -138,6 +141,7 @@ class SimulatedWorker:
         self.scheduler.quiet(live.sequence)
 
     def _take(self, job: Job, sequence: Sequence) -> None:
+        self._candidate = None
         times: list[float] | None = [] if self._keep_token_times else None
         self._live[job.id] = _Live(job, sequence, token_times=times)
         self.executor.expect(sequence, job.output_tokens)
@@ -158,6 +162,7 @@ class SimulatedWorker:
 
     def begin(self, now: float) -> float | None:
         """Start what can run; returns when it ends, or None if nothing can."""
+        self._candidate = None
         plan = self.scheduler.plan(now)
         if plan is None:
             return None
@@ -169,6 +174,7 @@ class SimulatedWorker:
 
     def end(self) -> list[Served]:
         """What runs is over: returns the jobs that ended with it."""
+        self._candidate = None
         done = self._pass
         assert done is not None
         self._pass = None
@@ -280,15 +286,17 @@ class SimulatedWorker:
         )
 
     def candidate(self, name: str) -> Candidate:
-        """What a router sees of it, under this name."""
-        load = self.scheduler.load()
-        return Candidate(
-            name,
-            sequences=len(self._live),
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            outstanding_tokens=self.expected_tokens,
-        )
+        """What a router sees of it, under this name; the same until something happens here."""
+        if self._candidate is None:
+            load = self.scheduler.load()
+            self._candidate = Candidate(
+                name,
+                sequences=len(self._live),
+                free_blocks=load.free_blocks,
+                total_blocks=load.total_blocks,
+                outstanding_tokens=self.expected_tokens,
+            )
+        return self._candidate
 
     def _count(self, passes: int, seconds: float, tokens: int) -> None:
         """Passes are over, before anything that ended with them lets go of its KV."""
