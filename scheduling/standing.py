@@ -125,13 +125,12 @@ class PreemptivePolicy:
         return max(0.0, sequence.waiting_since + self._promote_after - now)
 
     def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
-        """Until the first quantum ends, or the next look for the starved; if others wait, also
-        until a standing may change."""
+        """Until the first quantum ends; if others wait, also until a standing may change."""
         chosen, others = list(chosen), list(others)
-        seconds = min(self._until_change(chosen, others, now), self._starves_at - now)
+        seconds = self._until_change(chosen, others, now)
         if others:
             credits = (s.credit for s in chosen if s.standing is Standing.STARVED)
-            seconds = min(seconds, self._turns_at - now, *credits)
+            seconds = min(seconds, self._starves_at - now, self._turns_at - now, *credits)
         return max(0.0, seconds)
 
     # -- Standings -------------------------------------------------------------------------
