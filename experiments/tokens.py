@@ -42,7 +42,7 @@ def pass_of(tokens: int, sequences: int) -> StepPlan:
 
 def _measure(run: Run) -> list[Record]:
     samples = Samples(NAME, "real")
-    rounds = run.sized(9, 3)
+    rounds = run.sized(5, 3)
     # Large enough for its arithmetic to weigh more than what surrounds it.
     layers, hidden = run.sized((6, 512), (2, 128))
     run.progress.expect(len(run.seeds))
