@@ -138,12 +138,17 @@ class Reservations:
         newcomer exceeds the pool. The last block of each counts as half full."""
         half, held, remaining = self._capacity.block_size // 2, [], []
         for sequence in (*(self._outstanding if among is None else among), newcomer):
-            tokens = len(sequence.tokens)
-            held.append(tokens + half)
-            # One without allotment counts as if it ended soon, as in a paged cache.
-            end = sequence.prompt_length + sequence.allotment if sequence.allotment else tokens
-            remaining.append(max(half, end - tokens))
+            held.append(len(sequence.tokens) + half)
+            remaining.append(max(half, self._expected(sequence) - sequence.generated))
         return peak_kv(held, remaining) - self._capacity.blocks * self._capacity.block_size
+
+    @staticmethod
+    def _expected(sequence: Sequence) -> int:
+        """Output tokens that it counts with in the peak. Not its allotment: that is what hardly
+        any output exceeds, and of many together as many end before what is expected as after it.
+        One that has outlived it, or that nothing is known of, counts as if it ended soon."""
+        estimate = sequence.request.estimate
+        return 0 if estimate is None else min(estimate.tokens, sequence.allotment)
 
     def _end(self, sequence: Sequence) -> int:
         """Blocks it holds when it has used up its allotment: the KV of the last token is never
