@@ -77,7 +77,8 @@ class Request:
     """A tokenized request with every default resolved.
 
     `logprobs` and `prompt_logprobs` count alternatives; None means none are reported at all.
-    `arrived_at` and `deadline` are seconds on the clock of the process that holds the request.
+    `arrived_at` and `deadline` are seconds on the clock of the process that holds the request;
+    `waited` is how old it was when it came there, as clocks of two hosts never meet.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Request:
     priority: int = 0
     level: int = 0
     arrived_at: float = 0.0
+    waited: float = 0.0
     deadline: float | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -57,7 +57,7 @@ class Sequence:
     request: Request
     index: int
     tokens: list[int]
-    arrived_at: float
+    arrived_at: float  # at the gateway, on this worker's clock
 
     # Set by the scheduler.
     computed: int = 0  # tokens whose KV is in `blocks`
@@ -90,7 +90,7 @@ class Sequence:
             request=request,
             index=index,
             tokens=[*request.prompt_ids, *prior.token_ids],
-            arrived_at=now,
+            arrived_at=now - request.waited,
             level=request.level,
             waiting_since=now,
         )

@@ -64,6 +64,7 @@ class RequestRecord:
     priority: int = 0
     level: int = 0
     arrived_at: float = 0.0
+    waited: float = 0.0
     deadline: float | None = None
     prior: tuple[tuple[int, bool], ...] = ()
     estimate: tuple[int, int] | None = None
@@ -80,6 +81,7 @@ class RequestRecord:
             priority=request.priority,
             level=request.level,
             arrived_at=request.arrived_at,
+            waited=request.waited,
             deadline=request.deadline,
             prior=tuple((len(p.token_ids), p.finished) for p in request.prior_outputs),
             estimate=None if estimate is None else (estimate.tokens, estimate.allotment),
@@ -95,6 +97,7 @@ class RequestRecord:
             priority=self.priority,
             level=self.level,
             arrived_at=self.arrived_at,
+            waited=self.waited,
             deadline=self.deadline,
             prior_outputs=tuple(PriorOutput((GOES_ON,) * n, ended) for n, ended in self.prior),
             estimate=None if self.estimate is None else LengthEstimate(*self.estimate),

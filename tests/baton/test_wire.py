@@ -56,6 +56,7 @@ requests = st.builds(
     priority=st.integers(-(2**31), 2**31 - 1),
     level=st.integers(0, 15),
     arrived_at=st.just(5.0),
+    waited=st.integers(0, 1000).map(float),
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
     prior_outputs=st.lists(st.builds(PriorOutput, tokens, st.booleans()), max_size=3).map(tuple),
@@ -90,6 +91,12 @@ outputs = st.builds(
 @given(requests)
 def test_a_request_arrives_as_it_left(request: Request) -> None:
     assert wire.request_from_proto(wire.request_to_proto(request, now=5.0), now=5.0) == request
+
+
+def test_a_request_ages_on_its_way() -> None:
+    request = Request("r", (1,), Sampling(), Stopping(4), arrived_at=100.0, waited=2.0)
+    there = wire.request_from_proto(wire.request_to_proto(request, now=103.0), now=7.0)
+    assert (there.arrived_at, there.waited) == (7.0, 5.0)
 
 
 @given(outputs, st.integers(0, 99))
