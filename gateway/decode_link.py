@@ -121,6 +121,7 @@ class DecodeLink:
             free_blocks=self.free_blocks,
             total_blocks=self.record.capacity_blocks,
             outstanding_tokens=mine + round(self._others * mean),
+            slots=self.record.batch_sequences,
         )
 
     def accepts(self, now: float) -> bool:

@@ -23,7 +23,7 @@ class Candidate:
 
     `sequences` run there, wait there or are on their way; `queued_tokens` of their prompts are
     not computed yet. `outstanding_tokens` are expected to be generated there still: 0 on a prefill
-    worker, None where nobody knows.
+    worker, None where nobody knows. `slots` is the sequences of one batch; None: no limit is known.
     """
 
     id: str
@@ -32,6 +32,12 @@ class Candidate:
     free_blocks: int = 0
     total_blocks: int = 0
     outstanding_tokens: int | None = None
+    slots: int | None = None
+
+    @property
+    def beyond_batch(self) -> int:
+        """Sequences, with one more, that would have to wait for a place in the batch."""
+        return 0 if self.slots is None else max(0, self.sequences + 1 - self.slots)
 
 
 class Router(Protocol):
@@ -69,7 +75,8 @@ class LeastOutstanding:
 
 
 class KvAware:
-    """Workers with room for the request's predicted KV first; among those least predicted work.
+    """Workers with room for the request's predicted KV first, then those with a place in the batch
+    (or the fewest that wait for one); among those least predicted work.
 
     Work is what is expected to be generated and the prompts that wait, where both are known of
     every candidate, and the number of sequences where not.
@@ -79,10 +86,10 @@ class KvAware:
         """Among equals the one with most free blocks, then by id."""
         known = all(c.outstanding_tokens is not None for c in candidates)
 
-        def burden(one: Candidate) -> tuple[bool, float, int, int, str]:
+        def burden(one: Candidate) -> tuple[bool, int, float, int, int, str]:
             no_room = one.free_blocks < max(1, blocks)
             work = _work(one) if known else float(one.sequences)
-            return (no_room, work, one.sequences, -one.free_blocks, one.id)
+            return (no_room, one.beyond_batch, work, one.sequences, -one.free_blocks, one.id)
 
         return sorted(candidates, key=burden)
 

@@ -295,6 +295,7 @@ class SimulatedWorker:
                 free_blocks=load.free_blocks,
                 total_blocks=load.total_blocks,
                 outstanding_tokens=self.expected_tokens,
+                slots=self.spec.capacity.max_sequences,
             )
         return self._candidate
 

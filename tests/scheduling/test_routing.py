@@ -39,6 +39,14 @@ def test_kv_aware_prefers_room_for_the_predicted_kv_to_a_short_queue():
     assert ids("kv-aware", full, roomy, blocks=3) == ["a", "b"]
 
 
+def test_kv_aware_prefers_a_place_in_the_batch_to_less_predicted_work():
+    long = Candidate("a", sequences=7, free_blocks=9, outstanding_tokens=900, slots=8)
+    busy = Candidate("b", sequences=8, free_blocks=9, outstanding_tokens=60, slots=8)
+    busier = Candidate("c", sequences=9, free_blocks=9, outstanding_tokens=30, slots=8)
+    assert ids("kv-aware", busier, busy, long) == ["a", "b", "c"]
+    assert ids("kv-aware", busy, long, blocks=10) == ["a", "b"]
+
+
 def test_kv_aware_counts_predicted_tokens_where_all_are_known():
     long = Candidate("a", sequences=1, free_blocks=9, outstanding_tokens=500)
     short = Candidate("b", sequences=3, free_blocks=9, outstanding_tokens=60)
