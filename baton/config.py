@@ -79,7 +79,7 @@ class SchedulingConfig(ProcessConfig):
     mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
     mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
     policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
-        "skip-join-mlfq", description="order in which requests wait and sequences run"
+        "predicted-srpt", description="order in which requests wait and sequences run"
     )
     srpt_aging: Annotated[float, Field(ge=0)] = Field(
         1.0,
@@ -179,13 +179,13 @@ class WorkerConfig(SchedulingConfig):
         0, description="longest prompt plus output; the model's own limit if 0"
     )
     admission: Literal["paged", "reserve-predicted", "reserve-max"] = Field(
-        "paged", description="KV that must be free before a sequence is let in"
+        "reserve-predicted", description="KV that must be free before a sequence is let in"
     )
     batching: Literal["splitfuse", "prefill-first"] = Field(
         "splitfuse", description="how prompts and generation share a pass"
     )
     preemption: Literal["recompute", "swap", "auto"] = Field(
-        "recompute", description="what becomes of the KV of a preempted sequence"
+        "auto", description="what becomes of the KV of a preempted sequence"
     )
     swapping: Literal["proactive", "reactive"] = Field(
         "proactive", description="KV is swapped ahead of need, or when it is needed"
@@ -244,6 +244,12 @@ class ServeConfig(ProcessConfig):
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks per worker")
+    host_kv_memory: Annotated[int, Field(ge=0)] = Field(
+        0, description="bytes of host memory per worker for the KV of preempted sequences"
+    )
+    policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
+        "predicted-srpt", description="order in which requests wait and sequences run"
+    )
     max_batch_tokens: Positive = Field(512, description="token budget of one pass")
     max_batch_sequences: Positive = Field(64, description="sequences in one pass")
     max_context: Annotated[int, Field(ge=0)] = Field(0, description="longest prompt plus output")

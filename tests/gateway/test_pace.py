@@ -13,7 +13,11 @@ from gateway.pace import Pace
 from queueing.contract import Role, WorkerRecord
 
 GUESSES = GatewayConfig(
-    prefill_seconds_base=1.0, prefill_seconds_per_token=0.1, token_seconds=0.5, srpt_aging=1.0
+    policy="fcfs",
+    prefill_seconds_base=1.0,
+    prefill_seconds_per_token=0.1,
+    token_seconds=0.5,
+    srpt_aging=1.0,
 )
 SRPT = GUESSES.model_copy(update={"policy": "predicted-srpt"})
 

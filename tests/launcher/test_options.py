@@ -80,7 +80,7 @@ class TestEveryProcess:
             match default:
                 case bool():
                     arguments, value = [flag(name)], True
-                case float() if name == "swap_reserve":  # a share
+                case _ if name in ("swap_reserve", "length_quantile", "decode_ahead"):  # shares
                     arguments, value = [flag(name), "0.5"], 0.5
                 case int() | float():
                     arguments, value = [flag(name), str(default + 1)], default + 1
