@@ -14,7 +14,7 @@ from experiments.records import Record
 from experiments.stats import interval, ratio
 from experiments.traffic import Traffic
 from scheduling.simulator.outcome import Outcome
-from scheduling.simulator.traffic import poisson
+from scheduling.simulator.traffic import gamma
 
 Metrics = dict[str, float]
 Trials = dict[str, list[Metrics]]
@@ -37,27 +37,34 @@ def metrics(outcome: Outcome) -> Metrics:
 
 
 def trials(
-    run: Run, bench: Bench, orders: Sequence[Order], load: float, *, traffic: Traffic | None = None
+    run: Run,
+    bench: Bench,
+    orders: Sequence[Order],
+    load: float,
+    *,
+    traffic: Traffic | None = None,
+    cv: float = 1.0,
 ) -> Trials:
     """Each order once per seed at `load` times the saturation rate, all of a seed on the same
     jobs, and each seed beginning with another order: what disturbs a machine for a while then
-    disturbs different orders. An order is measured once per run at the same load and traffic."""
+    disturbs different orders. An order is measured once per run at the same load and traffic.
+    `cv` is that of the time between arrivals: Poisson at 1, in bursts above."""
     drawn = traffic or bench.traffic
-    kept = run.once(("trials", drawn.name, load, bench.count), dict[str, list[Metrics]])
+    kept = run.once(("trials", drawn.name, load, cv, bench.count), dict[str, list[Metrics]])
     missing = [order for order in orders if order.label not in kept]
     if missing:
-        kept |= _measure(run, bench, missing, load, drawn)
+        kept |= _measure(run, bench, missing, load, cv, drawn)
     return {order.label: kept[order.label] for order in orders}
 
 
 def _measure(
-    run: Run, bench: Bench, orders: Sequence[Order], load: float, traffic: Traffic
+    run: Run, bench: Bench, orders: Sequence[Order], load: float, cv: float, traffic: Traffic
 ) -> Trials:
     run.progress.expect(len(orders) * len(run.seeds))
     found: Trials = {order.label: [] for order in orders}
     rate = load * saturation(run, bench, traffic)
     for number, seed in enumerate(run.seeds):
-        jobs = traffic.jobs(poisson(rate), bench.count, seed)
+        jobs = traffic.jobs(gamma(rate, cv), bench.count, seed)
         for order in rotated(orders, number):
             source = order.feed(run, traffic, jobs, seed)
             outcome = bench.engine.serve(source, Setup(order.policy(bench)))

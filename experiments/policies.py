@@ -1,4 +1,4 @@
-"""B1, B2, B4, B6 and DEMO: the orders against each other and against the oracle, over the load."""
+"""B1, B2, B4, B6, BURSTS and DEMO: the orders against each other and against the oracle, over the load."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from experiments.traffic import of_demo
 
 LOADS = (0.5, 0.7, 0.9, 0.95)
 OVERLOAD = 1.2
+BURST_CV = 3.0
 _DEMO_LOADS = (0.5, 0.9)
 _DEMO_JOBS = 3  # times as many as elsewhere, as they are short
 
@@ -47,6 +48,14 @@ def _demo(run: Run) -> list[Record]:
     for load in _DEMO_LOADS:
         found = trials(run, longer, ORDERS, load, traffic=traffic)
         made += records("DEMO", run, found, load=load)
+    return made
+
+
+def _bursts(run: Run) -> list[Record]:
+    made: list[Record] = []
+    for load in run.sized((0.5, 0.7, 0.9), (0.9,)):
+        found = trials(run, bench(run), ORDERS, load, cv=BURST_CV)
+        made += records("BURSTS", run, found, load=load)
     return made
 
 
@@ -85,6 +94,14 @@ EXPERIMENTS = (
         draw=reports.draw_peaks,
         bars=peak_bars,
         tables=reports.ratio_tables("B6", "peak_kv_tokens_vs_fcfs", "Peak KV over FCFS's"),
+    ),
+    Experiment(
+        "BURSTS",
+        "Orders when requests come in bursts",
+        ("real", "simulator"),
+        measure=_bursts,
+        draw=reports.draw_bursts,
+        tables=reports.load_tables("BURSTS"),
     ),
     Experiment(
         "DEMO",

@@ -141,13 +141,22 @@ def draw_overload(results: Results, folder: Path) -> list[Path]:
 
 def draw_demo(results: Results, folder: Path) -> list[Path]:
     """DEMO: as B2, at load 0.9."""
+    return _at_nine_tenths("DEMO", results, folder / "demo-lengths.png")
+
+
+def draw_bursts(results: Results, folder: Path) -> list[Path]:
+    """BURSTS: the same."""
+    return _at_nine_tenths("BURSTS", results, folder / "bursts.png")
+
+
+def _at_nine_tenths(experiment: str, results: Results, file: Path) -> list[Path]:
     panels = (
         ("s_per_token_vs_fcfs", "latency per token"),
         ("mean_jct_s_vs_fcfs", "mean JCT"),
         ("p99_jct_s_vs_fcfs", "P99 JCT"),
     )
-    found = results.where(experiment="DEMO", load=0.9)
-    return _bars(found, panels, "over FCFS's, load 0.9", folder / "demo-lengths.png")
+    found = results.where(experiment=experiment, load=0.9)
+    return _bars(found, panels, "over FCFS's, load 0.9", file)
 
 
 def draw_optimality(results: Results, folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from experiments.experiment import Experiment
 
 # Each module has a tuple EXPERIMENTS.
 _MODULES = {
-    "experiments.policies": ("B1", "B2", "B4", "B6", "DEMO"),
+    "experiments.policies": ("B1", "B2", "B4", "B6", "BURSTS", "DEMO"),
     "experiments.rates": ("B3",),
     "experiments.ratios": ("B5",),
     "experiments.frontier": ("FRONTIER",),
