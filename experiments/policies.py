@@ -1,4 +1,4 @@
-"""B1, B2, B4, B6, BURSTS and DEMO: the orders against each other and against the oracle, over the load."""
+"""B1, B2, B4, B6, BURSTS and DEMO: orders against each other and the oracle, over the load."""
 
 from __future__ import annotations
 
