@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import rich_click as click
 
+from baton.config import SchedulingConfig
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _POSITIVE = click.FloatRange(0, min_open=True)
@@ -57,7 +59,7 @@ _OPTIONS = [
     click.option(
         "--policy",
         type=click.Choice(["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"]),
-        default="skip-join-mlfq",
+        default=SchedulingConfig.model_fields["policy"].default,
         show_default=True,
         help="order in which requests wait and sequences run",
     ),
