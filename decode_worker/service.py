@@ -57,5 +57,8 @@ class DecodeService(worker_pb2_grpc.DecodeServiceServicer):
                     worker.activate(link, message.activate.slot, activation)
                 case "abort":
                     worker.abort(link, message.abort.slots)
+                case "abort_sequences":
+                    aborted = message.abort_sequences
+                    worker.abort_sequences(link, aborted.slot, aborted.indices)
                 case other:
                     raise InvalidRequest.of("command", f"unexpected: {other}")

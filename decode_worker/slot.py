@@ -65,6 +65,7 @@ class Slot:
     activation: Activation | None = None
     expiry: asyncio.TimerHandle | None = None
     open_sequences: set[int] = field(default_factory=set)  # indices that have not finished
+    unwanted: set[int] = field(default_factory=set)  # of these: to be aborted when decoding begins
     generated: int = 0
     served: float = 0.0  # seconds of passes this request took part in
     levels: dict[int, int] = field(default_factory=dict)  # MLFQ level last seen, by index

@@ -128,6 +128,23 @@ class DecodeWorker:
             if slot := self._slots.get(f"{link.gateway_id}/{number}"):
                 self._end(slot)
 
+    def abort_sequences(self, link: Link, number: int, indices: Iterable[int]) -> None:
+        """End some sequences of a slot; unknown ones have ended already. Those that share a prompt
+        which is still on its way end when it is here."""
+        if slot := self._slots.get(f"{link.gateway_id}/{number}"):
+            slot.unwanted |= slot.open_sequences.intersection(indices)
+            if slot.state is State.DECODING:
+                self._drop_unwanted(slot)
+
+    def _drop_unwanted(self, slot: Slot) -> None:
+        for index in slot.unwanted & slot.open_sequences:
+            self._scheduler.abort_sequence(slot.request.id, index)
+            slot.open_sequences.discard(index)
+        slot.unwanted.clear()
+        if not slot.open_sequences:
+            self._end(slot)
+        self.engine.wake()
+
     # The hand-off.
 
     async def _pull(self, slot: Slot, ref: KvRef) -> None:
@@ -170,6 +187,8 @@ class DecodeWorker:
         take = self._scheduler.arrived if moved else self._scheduler.lost
         for event in take(sequence, slot.activation.first_token, now):
             self._tell(slot, event)
+        if slot.unwanted:
+            self._drop_unwanted(slot)
         slot.link.flush(self.engine.steps)
         self.engine.wake()
 

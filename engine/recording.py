@@ -104,6 +104,11 @@ class RecordedDecodeScheduler(DecodeScheduler):
             self._recorder.write(record.Abort(now, request_id))
         return super().abort(request_id, now)
 
+    def abort_sequence(self, request_id: str, index: int) -> bool:
+        """As DecodeScheduler."""
+        self._recorder.write(record.AbortSequence(request_id, index))
+        return super().abort_sequence(request_id, index)
+
     def quiet(self, sequence: Sequence) -> None:
         """As DecodeScheduler."""
         self._recorder.write(record.Quiet(sequence.request.id))

@@ -22,6 +22,7 @@ from google.rpc import code_pb2
 from baton import wire
 from baton.errors import InvalidRequest, QueueError, Unavailable
 from baton.internal.v1.worker_pb2 import (
+    AbortSequences,
     Activate,
     AttachKv,
     DecodeRequest,
@@ -172,7 +173,7 @@ class Attempt:
     def _take_first(self, prefilled: Prefilled) -> None:
         if prefilled.prompt_logprobs:
             self._session.accept_prompt_logprobs(prefilled.prompt_logprobs)
-        self._session.accept(wire.output_from_proto(prefilled.first, self._session.id))
+        self._accept(prefilled.first)
 
     async def _handoff(self) -> None:
         """Record that the decode worker has it now. The KV waits meanwhile, under its lease."""
@@ -211,7 +212,18 @@ class Attempt:
         """New tokens."""
         if self._local and self._session.state is State.PREFILLING:
             self._session.move(State.DECODING)
-        self._session.accept(wire.output_from_proto(output, self._session.id))
+        self._accept(output)
+
+    def _accept(self, told: StepOutput) -> None:
+        """Hand new tokens on. The worker need not go on with a sequence that ends here only, by a
+        stop string, while others of the request do."""
+        session, output = self._session, wire.output_from_proto(told, self._session.id)
+        was_open = session.is_open(output.index)
+        session.accept(output)
+        ended_here = was_open and not session.is_open(output.index) and output.finish is None
+        if ended_here and not session.over:
+            unwanted = AbortSequences(slot=self._slot, indices=[output.index])
+            self._workers.decode.send(DecodeRequest(abort_sequences=unwanted))
 
     def on_event(self, event: SlotEvent) -> None:
         """News between tokens."""

@@ -106,6 +106,10 @@ class Session:
         """Nothing more will be generated."""
         return self.state is State.DONE
 
+    def is_open(self, index: int) -> bool:
+        """Whether more tokens of this sequence may come."""
+        return index < len(self.outputs) and self.outputs[index].ending is None
+
     @property
     def generated(self) -> int:
         """Output tokens of all sequences."""

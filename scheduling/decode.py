@@ -148,10 +148,20 @@ class DecodeScheduler:
         if group is None:
             return False
         for sequence in group.sequences:
-            if sequence in self._in_pass:
-                self._doomed.append(sequence)
-            else:
-                self._kv.drop(sequence)
+            self._let_go(sequence)
+        return True
+
+    def abort_sequence(self, request_id: str, index: int) -> bool:
+        """Drop one sequence of a request, as `abort` drops all of them; its siblings go on. False
+        if it is not here (any more), or while a transfer fills its blocks: the siblings too wait
+        for that."""
+        group = self._groups.get(request_id)
+        sequences = group.sequences if group else []
+        sequence = next((s for s in sequences if s.index == index), None)
+        if sequence is None or sequence.phase is Phase.INCOMING:
+            return False
+        self._ungroup(sequence)
+        self._let_go(sequence)
         return True
 
     def quiet(self, sequence: Sequence) -> None:
@@ -369,6 +379,12 @@ class DecodeScheduler:
             raise RuntimeError(f"sequence {sequence.id} was computed before its KV was back")
         return sequence.phase is Phase.RUNNING
 
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence in self._in_pass:
+            self._doomed.append(sequence)
+        else:
+            self._kv.drop(sequence)
+
     def _drop_doomed(self) -> None:
         for sequence in self._doomed:
             self._kv.drop(sequence)
@@ -392,8 +408,11 @@ class DecodeScheduler:
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
+        self._ungroup(sequence)
+        self._kv.drop(sequence)
+
+    def _ungroup(self, sequence: Sequence) -> None:
         group = self._groups[sequence.request.id]
         group.sequences.remove(sequence)
         if not group.sequences:
             del self._groups[sequence.request.id]
-        self._kv.drop(sequence)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from baton.types import LengthEstimate, PriorOutput, Request, Sampling, Stopping
 from scheduling.cost import LinearCost
@@ -152,6 +152,14 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class AbortSequence:
+    """`abort_sequence(request_id, index)`."""
+
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Quiet:
     """`quiet(sequence)`, with the id of the request that was reserved."""
 
@@ -204,12 +212,21 @@ class Fail:
     now: float
 
 
-Record = Submit | Reserve | Arrived | Lost | Abort | Quiet | Release | Plan | Apply | Fail
+Record = (
+    Submit
+    | Reserve
+    | Arrived
+    | Lost
+    | Abort
+    | AbortSequence
+    | Quiet
+    | Release
+    | Plan
+    | Apply
+    | Fail
+)
 
-_CALLS: dict[str, type[Record]] = {
-    kind.__name__.lower(): kind
-    for kind in (Submit, Reserve, Arrived, Lost, Abort, Quiet, Release, Plan, Apply, Fail)
-}
+_CALLS: dict[str, type[Record]] = {kind.__name__.lower(): kind for kind in get_args(Record)}
 
 
 def token_of(request: Request, generated: int, token_id: int) -> int:

@@ -20,6 +20,7 @@ from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from scheduling.simulator.record import (
     Abort,
+    AbortSequence,
     Apply,
     Arrived,
     Fail,
@@ -152,6 +153,8 @@ class _DecodeCalls(_Calls):
                 self._decode.arrived(self._reserved[request_id], token, now)
             case Lost(now, request_id, token):
                 self._decode.lost(self._reserved[request_id], token, now)
+            case AbortSequence(request_id, index):
+                self._decode.abort_sequence(request_id, index)
             case Quiet(request_id):
                 self._decode.quiet(self._reserved[request_id])
             case _:

@@ -148,6 +148,48 @@ async def test_a_first_token_that_is_the_last_leaves_no_lease(pair: Pair) -> Non
     await pair.all_free()
 
 
+async def test_a_sequence_that_nobody_wants_any_more_ends_and_its_siblings_go_on(
+    pair: Pair,
+) -> None:
+    one = request("three", 13, new=60, n=3, seed=7)
+    pair.start(1, one, local=True)
+    await pair.until(lambda: len(pair.heard[1].tokens) == 3)
+    pair.decode.abort_sequences(pair.link, 1, [1, 9])
+    pair.decode.abort_sequences(pair.link, 8, [0])
+    heard = await pair.finished(1, sequences=2)
+    assert set(heard.finished) == {0, 2}
+    assert {index: heard.tokens[index] for index in (0, 2)} == {
+        index: expected(one, index) for index in (0, 2)
+    }
+    assert len(heard.tokens[1]) < 60
+    await pair.until(lambda: pair.decode.idle)
+    await pair.all_free()
+
+
+async def test_a_request_without_wanted_sequences_is_over(pair: Pair) -> None:
+    pair.start(1, request("two", 13, new=200, n=2, seed=7), local=True)
+    await pair.until(lambda: len(pair.heard[1].tokens) == 2)
+    pair.decode.abort_sequences(pair.link, 1, [0, 1])
+    assert pair.decode.idle
+    await pair.all_free()
+
+
+async def test_a_sequence_unwanted_before_its_kv_is_here_still_gives_it_to_its_siblings(
+    pair: Pair,
+) -> None:
+    one = request("early", 13, new=6, n=3, seed=7)
+    pair.start(1, one)
+    pair.decode.abort_sequences(pair.link, 1, [0])
+    await pair.hand_off(1, one)
+    heard = await pair.finished(1, sequences=2)
+    assert heard.finished.keys() == {1, 2}
+    assert heard.tokens == {0: expected(one)[:1], 1: expected(one, 1), 2: expected(one, 2)}
+    arrived = heard.event("kv_arrived")
+    assert arrived is not None
+    assert not arrived.kv_arrived.recomputed
+    await pair.all_free()
+
+
 async def test_a_gateway_that_leaves_takes_its_requests_along(pair: Pair) -> None:
     pair.start(1, request("running", 5, new=200), local=True)
     pair.start(2, request("reserved", 50, new=5))

@@ -9,6 +9,7 @@ import torch
 
 from baton.client import Client
 from tests.e2e.answers import PROMPT, ask
+from tests.e2e.conftest import Stack
 from tests.engine.conftest import TinyModel
 
 
@@ -38,6 +39,18 @@ async def test_sequences_are_different_and_end_each_for_itself(client: Client) -
     assert 0 < early < 16
     assert cut.usage.completion_tokens == sum(map(len, cut.ids))
     assert cut.usage.total_tokens == cut.usage.completion_tokens + len(PROMPT)
+
+
+async def test_a_sequence_that_a_stop_string_ended_is_not_computed_any_further(
+    stack: Stack, client: Client
+) -> None:
+    options: dict[str, Any] = {"n": 2, "seed": 3, "temperature": 1.0}
+    stop = (await ask(client, **options)).texts[0][-12:]
+    first, other = (await ask(client, stop=[stop], max_tokens=1000, **options)).ended
+    assert (first.stop, first.completion_tokens) == (stop, 20)
+    assert other.completion_tokens == 1000
+    passes = [record.work.sequences for record in stack.decode[0].worker.engine.recent]
+    assert passes.count(1) > 500
 
 
 EXTREMES: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from engine.recording import (
 )
 from engine.simulated import CostModelExecutor, checksum_token
 from scheduling.cost import CostTracker, LinearCost
+from scheduling.decode import DecodeScheduler
 from scheduling.events import Prefilled, PrefillStarted
 from scheduling.order import policy_from
 from scheduling.plan import Capacity
@@ -118,8 +119,13 @@ class Traffic:
             self.scheduler.arrived(sequence, self.random.randrange(20), self.now)
 
     def abort(self) -> None:
-        if self.names and self.random.random() < 0.4:
-            self.scheduler.abort(self.random.choice(self.names), self.now)
+        if not self.names:
+            return
+        name, chance = self.random.choice(self.names), self.random.random()
+        if chance < 0.4:
+            self.scheduler.abort(name, self.now)
+        elif chance < 0.7 and isinstance(self.scheduler, DecodeScheduler):
+            self.scheduler.abort_sequence(name, self.random.randrange(3))
 
     def step(self) -> bool:
         plan = self.scheduler.plan(self.now)

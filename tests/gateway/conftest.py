@@ -290,6 +290,7 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.started: list[worker_pb2.StartRequest] = []
         self.attached: list[int] = []
         self.aborted: list[int] = []
+        self.unwanted: list[tuple[int, list[int]]] = []  # slot, sequences
         self.logprobs = False
 
     def add_to(self, server: Server) -> None:
@@ -332,6 +333,9 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                     slot.done[0] += 1
                     slot.running = True
                     self.held[slot.work.request_id] = (slot.fence, sum(slot.done))
+                case "abort_sequences":
+                    told = message.abort_sequences
+                    self.unwanted.append((told.slot, [*told.indices]))
                 case "abort":
                     self.aborted.extend(message.abort.slots)
                     for number in message.abort.slots:

@@ -100,6 +100,28 @@ async def test_a_stop_string_ends_the_sequence_and_frees_the_slot(pair, expected
     await eventually(lambda: not pair.d.slots)
 
 
+async def test_a_worker_is_told_which_sequence_a_stop_string_ended_before_the_others(
+    pair, expected, eventually
+):
+    # The first sequence is ahead by the token that came with its prefill.
+    stop = expected(10)[6:8]
+    events = await collect(pair.client.generate("hello", n=3, max_tokens=9, stop=[stop]))
+    assert [text_of(events, i) for i in range(3)] == [expected(10)[:6]] * 3
+    await eventually(lambda: not pair.d.slots)
+    assert pair.d.unwanted[0] == (1, [0])
+    assert len(pair.d.unwanted) == 2
+    assert pair.d.aborted == [1]
+
+
+async def test_a_stop_string_in_the_token_of_the_prefill_ends_that_sequence_alone(
+    pair, expected, eventually
+):
+    options = {"n": 2, "max_tokens": 4, "stop": [expected(1)], "min_tokens": 0}
+    events = await collect(pair.client.generate("hello", **options))
+    assert {e.reason for e in events if isinstance(e, Ended)} == {"stop"}
+    assert pair.d.unwanted == [(1, [0])]
+
+
 async def test_stream_interval_holds_all_but_the_first_token(pair):
     events = await collect(pair.client.generate("hello", max_tokens=21, stream_interval=10))
     counts = [event.token_count for event in events if isinstance(event, Text)]

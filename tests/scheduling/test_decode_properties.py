@@ -117,6 +117,7 @@ class DecodeMachine(RuleBasedStateMachine):
         self.incoming: list[Sequence] = []
         self.outputs: dict[tuple[Request, int], list[int]] = {}
         self.ended: set[tuple[Request, int]] = set()
+        self.unwanted: set[tuple[Request, int]] = set()  # of these: were aborted
         self.requests: dict[str, Request] = {}
         self.count = 0
 
@@ -177,6 +178,20 @@ class DecodeMachine(RuleBasedStateMachine):
         del self.requests[request_id]
         self.scheduler.abort(request_id, self.now)
         assert not self.scheduler.abort(request_id, self.now)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort_one_sequence(self, data: st.DataObject) -> None:
+        request = self.requests[data.draw(st.sampled_from(sorted(self.requests)))]
+        index = data.draw(st.integers(0, request.sampling.n - 1))
+        live = (request, index) not in self.ended
+        arriving = index == 0 and any(s.request is request for s in self.incoming)
+        aborted = self.scheduler.abort_sequence(request.id, index)
+        assert aborted == (live and not arriving)
+        if aborted:
+            self.ended.add((request, index))
+            self.unwanted.add((request, index))
+        assert not self.scheduler.abort_sequence(request.id, index)
 
     @precondition(lambda self: self.plan is None)
     @rule()
@@ -257,8 +272,12 @@ class DecodeMachine(RuleBasedStateMachine):
         assert self.scheduler._kv.swaps.host.free == self.capacity.host_blocks
         for request in self.requests.values():
             for index in range(request.sampling.n):
-                assert self.outputs[request, index] == expected_tokens(request, index, TOKEN_OF)
                 assert (request, index) in self.ended
+                tokens = self.outputs.get((request, index), [])
+                whole = expected_tokens(request, index, TOKEN_OF)
+                if (request, index) in self.unwanted:
+                    whole = whole[: len(tokens)]
+                assert tokens == whole
 
 
 TestDecodeMachine = DecodeMachine.TestCase

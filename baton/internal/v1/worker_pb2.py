@@ -26,7 +26,7 @@ from baton.v1 import generation_pb2 as baton_dot_v1_dot_generation__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62\x61ton/internal/v1/worker.proto\x12\x11\x62\x61ton.internal.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf9\x03\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12\r\n\x05level\x18\x0b \x01(\r\x12\x35\n\rprior_outputs\x18\x0c \x03(\x0b\x32\x1e.baton.internal.v1.PriorOutput\x12\x33\n\x08\x65stimate\x18\r \x01(\x0b\x32!.baton.internal.v1.LengthEstimate\x12,\n\ttime_left\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x0f \x01(\x0b\x32\x19.google.protobuf.DurationB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"3\n\x0eLengthEstimate\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\tallotment\x18\x02 \x01(\r\"2\n\x0bPriorOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\'\n\x05\x43laim\x12\r\n\x05\x66\x65nce\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"l\n\x0ePrefillRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .baton.internal.v1.EngineRequest\x12\'\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.Claim\"y\n\x0fPrefillResponse\x12*\n\x06leased\x18\x01 \x01(\x0b\x32\x18.baton.internal.v1.KvRefH\x00\x12\x31\n\tprefilled\x18\x02 \x01(\x0b\x32\x1c.baton.internal.v1.PrefilledH\x00\x42\x07\n\x05\x65vent\"\xc2\x01\n\tPrefilled\x12,\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x1d.baton.internal.v1.StepOutput\x12/\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12)\n\x06queued\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x63omputed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xad\x01\n\x05KvRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63ontrol_address\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x15\n\rlayout_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12/\n\x0ctime_to_live\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x87\x02\n\rDecodeRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.internal.v1.HelloH\x00\x12\x30\n\x05start\x18\x02 \x01(\x0b\x32\x1f.baton.internal.v1.StartRequestH\x00\x12-\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x1b.baton.internal.v1.AttachKvH\x00\x12/\n\x08\x61\x63tivate\x18\x04 \x01(\x0b\x32\x1b.baton.internal.v1.ActivateH\x00\x12.\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x1d.baton.internal.v1.AbortSlotsH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x8f\x01\n\x0cStartRequest\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x31\n\x07request\x18\x02 \x01(\x0b\x32 .baton.internal.v1.EngineRequest\x12\'\n\x05\x63laim\x18\x03 \x01(\x0b\x32\x18.baton.internal.v1.Claim\x12\x15\n\rlocal_prefill\x18\x04 \x01(\x08\">\n\x08\x41ttachKv\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12$\n\x02kv\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.KvRef\"Y\n\x08\x41\x63tivate\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\'\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.Claim\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\"\x1b\n\nAbortSlots\x12\r\n\x05slots\x18\x01 \x03(\r\"\xa3\x01\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.baton.internal.v1.StepOutput\x12,\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1c.baton.internal.v1.SlotEvent\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.baton.internal.v1.Load\"\xd1\x01\n\nStepOutput\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x07 \x01(\rH\x00\x42\t\n\x07matched\"\xb0\x02\n\tSlotEvent\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12/\n\x08reserved\x18\x02 \x01(\x0b\x32\x1b.baton.internal.v1.ReservedH\x00\x12/\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1d.baton.internal.v1.SlotFailedH\x00\x12\x32\n\nkv_arrived\x18\x04 \x01(\x0b\x32\x1c.baton.internal.v1.KvArrivedH\x00\x12<\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32!.baton.internal.v1.PromptLogprobsH\x00\x12\x38\n\rlocal_prefill\x18\x06 \x01(\x0b\x32\x1f.baton.internal.v1.LocalPrefillH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"+\n\nSlotFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"[\n\tKvArrived\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x12\n\nrecomputed\x18\x03 \x01(\x08\":\n\x0ePromptLogprobs\x12(\n\x08logprobs\x18\x01 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\"f\n\x0cLocalPrefill\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x63omputed\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x03 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x32\x64\n\x0ePrefillService\x12R\n\x07Prefill\x12!.baton.internal.v1.PrefillRequest\x1a\".baton.internal.v1.PrefillResponse0\x01\x32\x62\n\rDecodeService\x12Q\n\x06\x44\x65\x63ode\x12 .baton.internal.v1.DecodeRequest\x1a!.baton.internal.v1.DecodeResponse(\x01\x30\x01\x42\x44\n\x15\x64\x65v.baton.internal.v1P\x01Z)baton/gen/go/baton/internal/v1;internalv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62\x61ton/internal/v1/worker.proto\x12\x11\x62\x61ton.internal.v1\x1a\x19\x62\x61ton/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf9\x03\n\rEngineRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.baton.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\t \x01(\rH\x01\x88\x01\x01\x12\x10\n\x08priority\x18\n \x01(\x05\x12\r\n\x05level\x18\x0b \x01(\r\x12\x35\n\rprior_outputs\x18\x0c \x03(\x0b\x32\x1e.baton.internal.v1.PriorOutput\x12\x33\n\x08\x65stimate\x18\r \x01(\x0b\x32!.baton.internal.v1.LengthEstimate\x12,\n\ttime_left\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x0f \x01(\x0b\x32\x19.google.protobuf.DurationB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"3\n\x0eLengthEstimate\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x11\n\tallotment\x18\x02 \x01(\r\"2\n\x0bPriorOutput\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08\x66inished\x18\x02 \x01(\x08\"\'\n\x05\x43laim\x12\r\n\x05\x66\x65nce\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"l\n\x0ePrefillRequest\x12\x31\n\x07request\x18\x01 \x01(\x0b\x32 .baton.internal.v1.EngineRequest\x12\'\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.Claim\"y\n\x0fPrefillResponse\x12*\n\x06leased\x18\x01 \x01(\x0b\x32\x18.baton.internal.v1.KvRefH\x00\x12\x31\n\tprefilled\x18\x02 \x01(\x0b\x32\x1c.baton.internal.v1.PrefilledH\x00\x42\x07\n\x05\x65vent\"\xc2\x01\n\tPrefilled\x12,\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x1d.baton.internal.v1.StepOutput\x12/\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12)\n\x06queued\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x63omputed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xad\x01\n\x05KvRef\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63ontrol_address\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x15\n\rlayout_digest\x18\x04 \x01(\t\x12\x0e\n\x06\x62locks\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12/\n\x0ctime_to_live\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc5\x02\n\rDecodeRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.baton.internal.v1.HelloH\x00\x12\x30\n\x05start\x18\x02 \x01(\x0b\x32\x1f.baton.internal.v1.StartRequestH\x00\x12-\n\x06\x61ttach\x18\x03 \x01(\x0b\x32\x1b.baton.internal.v1.AttachKvH\x00\x12/\n\x08\x61\x63tivate\x18\x04 \x01(\x0b\x32\x1b.baton.internal.v1.ActivateH\x00\x12.\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x1d.baton.internal.v1.AbortSlotsH\x00\x12<\n\x0f\x61\x62ort_sequences\x18\x06 \x01(\x0b\x32!.baton.internal.v1.AbortSequencesH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x8f\x01\n\x0cStartRequest\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x31\n\x07request\x18\x02 \x01(\x0b\x32 .baton.internal.v1.EngineRequest\x12\'\n\x05\x63laim\x18\x03 \x01(\x0b\x32\x18.baton.internal.v1.Claim\x12\x15\n\rlocal_prefill\x18\x04 \x01(\x08\">\n\x08\x41ttachKv\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12$\n\x02kv\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.KvRef\"Y\n\x08\x41\x63tivate\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\'\n\x05\x63laim\x18\x02 \x01(\x0b\x32\x18.baton.internal.v1.Claim\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\"\x1b\n\nAbortSlots\x12\r\n\x05slots\x18\x01 \x03(\r\"/\n\x0e\x41\x62ortSequences\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0f\n\x07indices\x18\x02 \x03(\r\"\xa3\x01\n\x0e\x44\x65\x63odeResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.baton.internal.v1.StepOutput\x12,\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1c.baton.internal.v1.SlotEvent\x12%\n\x04load\x18\x04 \x01(\x0b\x32\x17.baton.internal.v1.Load\"\xd1\x01\n\nStepOutput\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08logprobs\x18\x04 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.baton.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x07 \x01(\rH\x00\x42\t\n\x07matched\"\xb0\x02\n\tSlotEvent\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12/\n\x08reserved\x18\x02 \x01(\x0b\x32\x1b.baton.internal.v1.ReservedH\x00\x12/\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x1d.baton.internal.v1.SlotFailedH\x00\x12\x32\n\nkv_arrived\x18\x04 \x01(\x0b\x32\x1c.baton.internal.v1.KvArrivedH\x00\x12<\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32!.baton.internal.v1.PromptLogprobsH\x00\x12\x38\n\rlocal_prefill\x18\x06 \x01(\x0b\x32\x1f.baton.internal.v1.LocalPrefillH\x00\x42\x07\n\x05\x65vent\"\n\n\x08Reserved\"+\n\nSlotFailed\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"[\n\tKvArrived\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x12\n\nrecomputed\x18\x03 \x01(\x08\":\n\x0ePromptLogprobs\x12(\n\x08logprobs\x18\x01 \x03(\x0b\x32\x16.baton.v1.TokenLogprob\"f\n\x0cLocalPrefill\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x63omputed\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"k\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0e\x66ree_kv_blocks\x18\x03 \x01(\r\x12\x17\n\x0ftotal_kv_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x32\x64\n\x0ePrefillService\x12R\n\x07Prefill\x12!.baton.internal.v1.PrefillRequest\x1a\".baton.internal.v1.PrefillResponse0\x01\x32\x62\n\rDecodeService\x12Q\n\x06\x44\x65\x63ode\x12 .baton.internal.v1.DecodeRequest\x1a!.baton.internal.v1.DecodeResponse(\x01\x30\x01\x42\x44\n\x15\x64\x65v.baton.internal.v1P\x01Z)baton/gen/go/baton/internal/v1;internalv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,37 +51,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVREF']._serialized_start=1197
   _globals['_KVREF']._serialized_end=1370
   _globals['_DECODEREQUEST']._serialized_start=1373
-  _globals['_DECODEREQUEST']._serialized_end=1636
-  _globals['_HELLO']._serialized_start=1638
-  _globals['_HELLO']._serialized_end=1665
-  _globals['_STARTREQUEST']._serialized_start=1668
-  _globals['_STARTREQUEST']._serialized_end=1811
-  _globals['_ATTACHKV']._serialized_start=1813
-  _globals['_ATTACHKV']._serialized_end=1875
-  _globals['_ACTIVATE']._serialized_start=1877
-  _globals['_ACTIVATE']._serialized_end=1966
-  _globals['_ABORTSLOTS']._serialized_start=1968
-  _globals['_ABORTSLOTS']._serialized_end=1995
-  _globals['_DECODERESPONSE']._serialized_start=1998
-  _globals['_DECODERESPONSE']._serialized_end=2161
-  _globals['_STEPOUTPUT']._serialized_start=2164
-  _globals['_STEPOUTPUT']._serialized_end=2373
-  _globals['_SLOTEVENT']._serialized_start=2376
-  _globals['_SLOTEVENT']._serialized_end=2680
-  _globals['_RESERVED']._serialized_start=2682
-  _globals['_RESERVED']._serialized_end=2692
-  _globals['_SLOTFAILED']._serialized_start=2694
-  _globals['_SLOTFAILED']._serialized_end=2737
-  _globals['_KVARRIVED']._serialized_start=2739
-  _globals['_KVARRIVED']._serialized_end=2830
-  _globals['_PROMPTLOGPROBS']._serialized_start=2832
-  _globals['_PROMPTLOGPROBS']._serialized_end=2890
-  _globals['_LOCALPREFILL']._serialized_start=2892
-  _globals['_LOCALPREFILL']._serialized_end=2994
-  _globals['_LOAD']._serialized_start=2996
-  _globals['_LOAD']._serialized_end=3103
-  _globals['_PREFILLSERVICE']._serialized_start=3105
-  _globals['_PREFILLSERVICE']._serialized_end=3205
-  _globals['_DECODESERVICE']._serialized_start=3207
-  _globals['_DECODESERVICE']._serialized_end=3305
+  _globals['_DECODEREQUEST']._serialized_end=1698
+  _globals['_HELLO']._serialized_start=1700
+  _globals['_HELLO']._serialized_end=1727
+  _globals['_STARTREQUEST']._serialized_start=1730
+  _globals['_STARTREQUEST']._serialized_end=1873
+  _globals['_ATTACHKV']._serialized_start=1875
+  _globals['_ATTACHKV']._serialized_end=1937
+  _globals['_ACTIVATE']._serialized_start=1939
+  _globals['_ACTIVATE']._serialized_end=2028
+  _globals['_ABORTSLOTS']._serialized_start=2030
+  _globals['_ABORTSLOTS']._serialized_end=2057
+  _globals['_ABORTSEQUENCES']._serialized_start=2059
+  _globals['_ABORTSEQUENCES']._serialized_end=2106
+  _globals['_DECODERESPONSE']._serialized_start=2109
+  _globals['_DECODERESPONSE']._serialized_end=2272
+  _globals['_STEPOUTPUT']._serialized_start=2275
+  _globals['_STEPOUTPUT']._serialized_end=2484
+  _globals['_SLOTEVENT']._serialized_start=2487
+  _globals['_SLOTEVENT']._serialized_end=2791
+  _globals['_RESERVED']._serialized_start=2793
+  _globals['_RESERVED']._serialized_end=2803
+  _globals['_SLOTFAILED']._serialized_start=2805
+  _globals['_SLOTFAILED']._serialized_end=2848
+  _globals['_KVARRIVED']._serialized_start=2850
+  _globals['_KVARRIVED']._serialized_end=2941
+  _globals['_PROMPTLOGPROBS']._serialized_start=2943
+  _globals['_PROMPTLOGPROBS']._serialized_end=3001
+  _globals['_LOCALPREFILL']._serialized_start=3003
+  _globals['_LOCALPREFILL']._serialized_end=3105
+  _globals['_LOAD']._serialized_start=3107
+  _globals['_LOAD']._serialized_end=3214
+  _globals['_PREFILLSERVICE']._serialized_start=3216
+  _globals['_PREFILLSERVICE']._serialized_end=3316
+  _globals['_DECODESERVICE']._serialized_start=3318
+  _globals['_DECODESERVICE']._serialized_end=3416
 # @@protoc_insertion_point(module_scope)

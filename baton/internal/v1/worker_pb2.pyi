@@ -370,6 +370,7 @@ class DecodeRequest(_message.Message):
     ATTACH_FIELD_NUMBER: _builtins.int
     ACTIVATE_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
+    ABORT_SEQUENCES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message on the stream."""
@@ -390,6 +391,10 @@ class DecodeRequest(_message.Message):
     def abort(self) -> Global___AbortSlots:
         """Abort requests."""
 
+    @_builtins.property
+    def abort_sequences(self) -> Global___AbortSequences:
+        """Abort some sequences of a request; the others go on."""
+
     def __init__(
         self,
         *,
@@ -398,12 +403,13 @@ class DecodeRequest(_message.Message):
         attach: Global___AttachKv | None = ...,
         activate: Global___Activate | None = ...,
         abort: Global___AbortSlots | None = ...,
+        abort_sequences: Global___AbortSequences | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "attach", b"attach", "command", b"command", "hello", b"hello", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_sequences", b"abort_sequences", "activate", b"activate", "attach", b"attach", "command", b"command", "hello", b"hello", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "activate", b"activate", "attach", b"attach", "command", b"command", "hello", b"hello", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "abort_sequences", b"abort_sequences", "activate", b"activate", "attach", b"attach", "command", b"command", "hello", b"hello", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "start", "attach", "activate", "abort"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["hello", "start", "attach", "activate", "abort", "abort_sequences"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -552,6 +558,34 @@ class AbortSlots(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortSlots: _TypeAlias = AbortSlots  # noqa: Y015
+
+@_typing.final
+class AbortSequences(_message.Message):
+    """Aborts sequences of one request, as their output has ended at the gateway (by a stop string)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_FIELD_NUMBER: _builtins.int
+    INDICES_FIELD_NUMBER: _builtins.int
+    slot: _builtins.int
+    """Stream-local number; an unknown one is ignored."""
+    @_builtins.property
+    def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sequence indices, 0 to n-1; those that have ended are ignored."""
+
+    def __init__(
+        self,
+        *,
+        slot: _builtins.int = ...,
+        indices: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "slot", b"slot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortSequences: _TypeAlias = AbortSequences  # noqa: Y015
 
 @_typing.final
 class DecodeResponse(_message.Message):
