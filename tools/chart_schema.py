@@ -2,7 +2,7 @@
 
 Rewrites only `$defs.*_config` of helm/baton/values.schema.json: one property for each field, with
 its type, bounds and description. What the chart sets itself is left out, so nobody can set it
-twice.
+twice. `scheduling_config` has what all processes must agree on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ProcessConfig
+from baton.config import (
+    DecodeConfig,
+    GatewayConfig,
+    PrefillConfig,
+    ProcessConfig,
+    SchedulingConfig,
+)
 
 SCHEMA = Path(__file__).resolve().parent.parent / "helm" / "baton" / "values.schema.json"
 KINDS: dict[str, type[ProcessConfig]] = {
@@ -20,21 +26,25 @@ KINDS: dict[str, type[ProcessConfig]] = {
     "prefill": PrefillConfig,
     "decode": DecodeConfig,
 }
-SET_BY_CHART = {
-    "address",
-    "advertise_address",
-    "gateway_id",
-    "insecure_network",
-    "kv_address",
-    "metrics_address",
-    "model",
-    "redis_url",
-    "worker_id",
-}
+SET_BY_CHART = frozenset(
+    {
+        "address",
+        "advertise_address",
+        "gateway_id",
+        "insecure_network",
+        "kv_address",
+        "length_salt",
+        "length_state",
+        "metrics_address",
+        "model",
+        "redis_url",
+        "worker_id",
+    }
+)
 
 
-def config_schema(kind: type[ProcessConfig]) -> dict[str, Any]:
-    """JSON schema of what may be set of `kind`."""
+def config_schema(kind: type[ProcessConfig], without: frozenset[str]) -> dict[str, Any]:
+    """JSON schema of what may be set of `kind`, apart from the fields `without`."""
     properties = kind.model_json_schema()["properties"]
     return {
         "type": "object",
@@ -42,7 +52,7 @@ def config_schema(kind: type[ProcessConfig]) -> dict[str, Any]:
         "properties": {
             name: {key: value for key, value in field.items() if key not in ("title", "default")}
             for name, field in properties.items()
-            if name not in SET_BY_CHART
+            if name not in without
         },
     }
 
@@ -51,7 +61,9 @@ def current() -> str:
     """The schema file as it ought to be."""
     schema = json.loads(SCHEMA.read_text())
     for role, kind in KINDS.items():
-        schema["$defs"][f"{role}_config"] = config_schema(kind)
+        schema["$defs"][f"{role}_config"] = config_schema(kind, SET_BY_CHART)
+    own = frozenset(ProcessConfig.model_fields)
+    schema["$defs"]["scheduling_config"] = config_schema(SchedulingConfig, own)
     return json.dumps(schema, indent=2) + "\n"
 
 

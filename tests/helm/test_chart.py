@@ -104,6 +104,9 @@ def test_the_schema_knows_every_field_and_its_bounds():
         "noSuchKey=1",
         "gateway.config.no_such_field=1",
         "gateway.config.address=0.0.0.0:1",  # the chart's own business
+        "gateway.config.length_salt=secret",  # it would lie in a ConfigMap
+        "scheduling.policy=fastest",
+        "scheduling.kv_blocks=5",
         "prefill.config.block_size=0",
         "prefill.config.dtype=float99",
         "decode.config.kv_blocks=some",
@@ -178,6 +181,31 @@ def test_a_changed_configuration_restarts_the_pods_of_that_role_only(helm: Helm)
 
     before, after = checksums(), checksums("--set", "decode.config.max_batch_tokens=64")
     assert {role for role in KINDS if before[role] != after[role]} == {"decode"}
+
+
+def test_what_all_must_agree_on_is_said_once_and_a_role_s_own_setting_wins(helm: Helm):
+    shared = 'scheduling={"policy": "fcfs", "srpt_aging": 2, "mlfq_levels": 3}'
+    own = 'decode={"config": {"srpt_aging": 0}}'
+    documents = manifests(render(helm, "--set-json", shared, "--set-json", own))
+    for role in KINDS:
+        config = yaml.safe_load(pick(documents, "ConfigMap", f"-{role}")["data"]["config.yaml"])
+        assert (config["policy"], config["mlfq_levels"]) == ("fcfs", 3)
+        assert config["srpt_aging"] == (0 if role == "decode" else 2)
+
+
+def test_what_is_learnt_about_lengths_is_kept_on_a_claim_and_salted_from_a_secret(helm: Helm):
+    documents = manifests(render(helm, "--values", CHART / "ci" / "gpu-values.yaml"))
+    config = yaml.safe_load(pick(documents, "ConfigMap", "-gateway")["data"]["config.yaml"])
+    gateway = container(documents, "gateway")
+    (mount,) = (m for m in gateway["volumeMounts"] if m["name"] == "lengths")
+    assert not mount.get("readOnly")
+    assert Path(config["length_state"]).parent == Path(mount["mountPath"])
+    (salt,) = (v for v in gateway["env"] if v["name"] == "BATON_LENGTH_SALT")
+    assert salt["valueFrom"]["secretKeyRef"] == {"name": "lengths", "key": "salt"}
+    for role in ("prefill", "decode"):
+        assert "lengths" not in {m["name"] for m in container(documents, role)["volumeMounts"]}
+    plain = manifests(render(helm))
+    assert "length_state" not in pick(plain, "ConfigMap", "-gateway")["data"]["config.yaml"]
 
 
 def test_the_redis_url_comes_from_a_secret_and_matches_the_server(helm: Helm):

@@ -68,6 +68,14 @@ key: url
 {{/* The configuration file of one role: what the values say, and what the chart knows better. */}}
 {{- define "baton.config" -}}
 {{- $config := deepCopy (get .root.Values .role).config -}}
+{{- range $name, $value := .root.Values.scheduling -}}
+{{- if not (hasKey $config $name) -}}
+{{- $_ := set $config $name $value -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq .role "gateway") .root.Values.gateway.lengths.claimName -}}
+{{- $_ := set $config "length_state" "/var/lib/baton/lengths" -}}
+{{- end -}}
 {{- $_ := set $config "address" (printf "0.0.0.0:%s" (include "baton.port" .role)) -}}
 {{- $_ := set $config "metrics_address" (printf "0.0.0.0:%s" (include "baton.port" "metrics")) -}}
 {{- $_ := set $config "insecure_network" true -}}

@@ -54,6 +54,12 @@ spec:
         {{- if eq .role "gateway" }}
         - name: BATON_GATEWAY_ID
           value: $(POD_NAME)
+        {{- with $values.lengths.saltSecret }}
+        {{- if .name }}
+        - name: BATON_LENGTH_SALT
+          valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
+        {{- end }}
+        {{- end }}
         {{- else }}
         - name: POD_IP
           valueFrom: {fieldRef: {fieldPath: status.podIP}}
@@ -127,6 +133,9 @@ spec:
         {{- if has $root.Values.model.source (list "pvc" "hostPath") }}
         - {name: model, mountPath: /models, readOnly: true}
         {{- end }}
+        {{- if and (eq .role "gateway") $root.Values.gateway.lengths.claimName }}
+        - {name: lengths, mountPath: /var/lib/baton}
+        {{- end }}
   volumes:
     - name: config
       configMap: {name: {{ include "baton.fullname" $root }}-{{ .role }}}
@@ -142,5 +151,12 @@ spec:
       hostPath:
         path: {{ required "model.hostPath is needed when model.source is hostPath" $root.Values.model.hostPath }}
         type: Directory
+    {{- end }}
+    {{- with $root.Values.gateway.lengths.claimName }}
+    {{- if eq $.role "gateway" }}
+    - name: lengths
+      persistentVolumeClaim:
+        claimName: {{ . }}
+    {{- end }}
     {{- end }}
 {{- end -}}
