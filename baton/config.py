@@ -77,7 +77,9 @@ class SchedulingConfig(ProcessConfig):
     mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(5, description="MLFQ levels")
     mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
     mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
-    mlfq_promote_after: Seconds = Field(5.0, description="wait that lifts a request to level 0")
+    mlfq_promote_after: Seconds = Field(
+        5.0, description="wait after which a request counts as starved and goes first"
+    )
     policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
         "predicted-srpt", description="order in which requests wait and sequences run"
     )
@@ -185,7 +187,8 @@ class WorkerConfig(SchedulingConfig):
         "splitfuse", description="how prompts and generation share a pass"
     )
     preemption: Literal["recompute", "swap", "auto"] = Field(
-        "auto", description="what becomes of the KV of a preempted sequence"
+        "auto",
+        description="what becomes of the KV of a preempted sequence; host_kv_memory 0: recompute",
     )
     swapping: Literal["proactive", "reactive"] = Field(
         "proactive", description="KV is swapped ahead of need, or when it is needed"

@@ -99,8 +99,8 @@ class DecodeLink:
 
     @property
     def openings(self) -> int:
-        """Requests that may be sent now: what the worker holds beyond a batch it cannot run, and
-        the queue could still give it to another or put a more urgent one before it."""
+        """Requests that may be sent now. More would only wait there, where the queue can no longer
+        give them to another worker or put a more urgent one before them."""
         unanswered = MAX_RESERVING - len(self._reserving)
         batch = self.record.batch_sequences
         if batch is None:

@@ -220,7 +220,8 @@ def bench() -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench_engine(arguments: tuple[str, ...]) -> None:
-    """Time the engine alone, on the demo model and on a random one."""
+    """Time the engine alone, on the demo model and on a random one, and fit the simulator's cost
+    model to it."""
     script = Path(__file__).parent.parent / "benchmarks" / "engine_steps.py"
     if not script.exists():
         raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")

@@ -214,12 +214,13 @@ class GenerateRequest(_message.Message):
     adapter: _builtins.str
     """LoRA adapter name; empty means the base model. NOT_FOUND if unknown."""
     priority: _builtins.int
-    """Scheduling class, -1000 to 1000; higher runs first, default 0. What has its
-    KV blocks already keeps them while others wait for some.
+    """Scheduling class, -1000 to 1000; higher runs first, default 0. Where workers
+    do not swap KV, what has its KV blocks keeps them while others wait for some.
     """
     user: _builtins.str
-    """Tenant or end-user label. Each has a quota of live requests, past which they
-    are refused with RESOURCE_EXHAUSTED.
+    """Tenant or end-user label. Tenants of a class take turns by expected service.
+    Each has a quota of live requests, past which they are refused with
+    RESOURCE_EXHAUSTED.
     """
     truncate_prompt_tokens: _builtins.int
     """Drop prompt tokens from the left down to this many; unset means that a

@@ -1,4 +1,5 @@
--- Queue a request at its skip-join level. Not safe at maxmemory on purpose: a full server refuses.
+-- Queue a request in its tenant's lane, at the level and with the handicap that the policy gives it.
+-- Not safe at maxmemory on purpose: a full server refuses.
 -- ARGV: now gateway nonce id tenant prompt cached priority time_to_live('' = none)
 -- handicap cost predicted('' = none)
 -- Returns {OK, level} | {EXISTS} | {UNKNOWN} gateway | {FULL, requests|tokens|tenant}

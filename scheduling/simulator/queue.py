@@ -1,4 +1,8 @@
-"""The order in which requests leave the gateways' queue: what queueing/lua does in Redis, pure."""
+"""The gateways' queue, as far as it is simulated: by priority, level and arrival.
+
+The real one (queueing/lua) also has tenants that take turns, deadlines, promotion, and the handicap
+of predicted-srpt, which here waits by arrival.
+"""
 
 from __future__ import annotations
 
