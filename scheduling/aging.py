@@ -12,7 +12,7 @@ times the one knob (docs/decisions/004-predicted-srpt.md).
 
 from __future__ import annotations
 
-AGING = 1.5
+AGING = 1.8
 """What the knob at 1 stands for."""
 
 MOST_AGING = 8.0

@@ -31,10 +31,10 @@ def splitfuse(
     for sequence in chain(generating, prompts):
         if not left:
             break
-        length = min(sequence.uncomputed, left)
-        chunks.append(
-            Chunk(sequence, sequence.computed, length, sample=length == sequence.uncomputed)
-        )
+        start = sequence.computed
+        uncomputed = len(sequence.tokens) - start
+        length = uncomputed if uncomputed < left else left
+        chunks.append(Chunk(sequence, start, length, length == uncomputed))
         left -= length
     return tuple(chunks)
 

@@ -47,7 +47,7 @@ class Chooser:
         # Running ones that go before whoever is looked at, where only those count.
         self._ahead: list[Sequence] | None = None
         self._now = 0.0
-        self._ranked: list[Sequence] = []
+        self.ranked: list[Sequence] = []  # what the last choice was made of, best first
         self._residents: list[Sequence] | None = None  # running ones, worst last; made on demand
         self.head: Sequence | None = None  # the first one for which there is no room
         self.gave_way = False  # somebody has, since the last choice
@@ -61,7 +61,7 @@ class Chooser:
         """The sequences of the next pass, best first. `ranked`: those that run, wait or are
         swapped out, best first. Waiting ones are admitted on the way while the pass has tokens
         left for them."""
-        self._ranked, self._residents, self._now = ranked, None, now
+        self.ranked, self._residents, self._now = ranked, None, now
         self._ahead = [] if self.swaps else None
         self.head = None
         self.gave_way = False
@@ -73,21 +73,40 @@ class Chooser:
         for sequence in ranked:
             if len(chosen) == slots:
                 break
-            generating = sequence.generating
-            if self._ahead is not None and sequence.phase is Phase.RUNNING:
+            tokens = len(sequence.tokens)
+            generating = tokens - sequence.computed == 1 and tokens > sequence.prompt_length
+            running = sequence.phase is Phase.RUNNING
+            if running and self._ahead is not None:
                 self._ahead.append(sequence)
             if not generating and left <= 0:
                 continue
-            if sequence.phase is Phase.RUNNING:
+            if running:
                 ready = sequence is not stuck
+            elif self._kv.head_blocked:
+                continue  # nobody overtakes
             else:
                 ready = self._let_in(sequence)
             if ready:
                 chosen.append(sequence)
                 if not generating:
-                    left -= sequence.uncomputed
+                    left -= tokens - sequence.computed
         self._residents = None
         return chosen
+
+    def growing(self, chosen: list[Sequence], most: int) -> list[Sequence]:
+        """Those of the chosen generating sequences, up to `most`, that have the block for their
+        newest token, or get it by `grow`."""
+        size, ready = self._capacity.block_size, list[Sequence]()
+        for sequence in chosen:
+            if len(ready) == most:
+                break
+            if (
+                sequence.phase is Phase.RUNNING
+                and not sequence.allotment
+                and len(sequence.tokens) <= len(sequence.blocks) * size
+            ) or self.grow(sequence):
+                ready.append(sequence)
+        return ready
 
     def grow(self, sequence: Sequence) -> bool:
         """Give a chosen generating sequence the block for its newest token, taking it from the
@@ -109,7 +128,7 @@ class Chooser:
         taken = set(chosen)
         others = (
             s
-            for s in self._ranked
+            for s in self.ranked
             if s.phase is Phase.RUNNING
             and s.generating
             and s not in taken
@@ -155,8 +174,12 @@ class Chooser:
         most = self._capacity.max_tokens
         if self._rules.batching == "prefill-first":
             return most
-        generating = (None for s in self._kv.running if s.generating and s is not stuck)
-        return most - sum(1 for _ in islice(generating, self._capacity.max_sequences))
+        generating = 0
+        for sequence in self._kv.running:
+            tokens = len(sequence.tokens)
+            if tokens - sequence.computed == 1 and tokens > sequence.prompt_length:
+                generating += sequence is not stuck
+        return most - min(generating, self._capacity.max_sequences)
 
     def _stuck(self) -> Sequence | None:
         """The worst-ranked running sequence, if it lacks a block while none is free for it. It has
@@ -174,7 +197,7 @@ class Chooser:
     def _worst(self) -> Sequence | None:
         """The worst-ranked running sequence."""
         if self._residents is None:
-            self._residents = [s for s in self._ranked if s.phase is Phase.RUNNING]
+            self._residents = [s for s in self.ranked if s.phase is Phase.RUNNING]
         while self._residents and self._residents[-1].phase is not Phase.RUNNING:
             self._residents.pop()
         return self._residents[-1] if self._residents else None
@@ -202,7 +225,7 @@ class Chooser:
         and nothing done, if all of them together would not do."""
         if not self._reactive:
             return False
-        victims = self.victims_for(head, self._kv.blocks.free, self._ranked)
+        victims = self.victims_for(head, self._kv.blocks.free, self.ranked)
         for victim in victims:
             self._swap_out_first(victim)
         return bool(victims)
@@ -212,7 +235,7 @@ class Chooser:
         `head`, and it needs more than `free` blocks. Cheap."""
         if self._kv.shortage(head, free, self._ahead) <= 0:
             return False
-        for sequence in reversed(self._ranked):
+        for sequence in reversed(self.ranked):
             if sequence is head:
                 return False
             if sequence.phase is Phase.RUNNING:

@@ -33,14 +33,13 @@ class Work:
     def of(cls, plan: StepPlan) -> Work:
         """The work of a plan. A chunk of one token counts as generation."""
         prompt = attention = sequences = context = 0
-        for chunk in plan.chunks:
-            end = chunk.start + chunk.length
-            if chunk.length == 1:
+        for _, start, length, _ in plan.chunks:
+            if length == 1:
                 sequences += 1
-                context += end
+                context += start + 1
             else:
-                prompt += chunk.length
-                attention += chunk.length * end
+                prompt += length
+                attention += length * (start + length)
         return cls(prompt, attention, sequences, context)
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
-from itertools import islice
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Output, Request
@@ -43,7 +42,9 @@ from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
-from scheduling.stride import passes_alike
+from scheduling.stride import passes_alike, passes_before
+
+_MANY = 1 << 30
 
 
 class DecodeScheduler:
@@ -202,12 +203,15 @@ class DecodeScheduler:
     def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
         """The chunks of the chosen sequences. Only those that will sample a token in this pass may
         take blocks from others."""
-        generating = [s for s in chosen if s.generating]
-        prompts = [s for s in chosen if not s.generating]
+        generating: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in chosen:
+            tokens = len(sequence.tokens)
+            generates = tokens - sequence.computed == 1 and tokens > sequence.prompt_length
+            (generating if generates else prompts).append(sequence)
         if prompts and self._rules.batching == "prefill-first":
             generating = []
-        grown = (s for s in generating if self._chooser.grow(s))
-        ready = list(islice(grown, self._capacity.max_tokens))
+        ready = self._chooser.growing(generating, self._capacity.max_tokens)
         if len(ready) < len(generating) and self._chooser.proactive:
             spare = self._capacity.max_sequences - len(prompts) - len(ready)
             ready += self._chooser.instead(chosen, spare)
@@ -227,9 +231,12 @@ class DecodeScheduler:
         live = [each for each in gave if self._is_live(each[0].sequence)]
         events: list[DecodeEvent] = []
         for chunk, _, logprobs in live:
-            chunk.sequence.computed += chunk.length
-            self._policy.charge(chunk.sequence, result.seconds, now)
-            events += self._groups[chunk.sequence.request.id].prompt_news(chunk, logprobs, now)
+            sequence = chunk.sequence
+            sequence.computed += chunk.length
+            self._policy.charge(sequence, result.seconds, now)
+            group = self._groups[sequence.request.id]
+            if group.prompt is not None:
+                events += group.prompt_news(chunk, logprobs, now)
         for chunk, sampled, _ in live:
             if sampled is not None:
                 if chunk.start < chunk.sequence.prompt_length:
@@ -250,22 +257,37 @@ class DecodeScheduler:
 
     # -- Many steps at once ----------------------------------------------------------------
 
-    def stride(self, plan: StepPlan, now: float, seconds: float) -> int:
-        """How many passes in a row, that of the plan just made included, would be this very plan
-        moved on by one token each, if nothing came from outside, each took `seconds`, and nobody
-        sampled a stop token. At least 1; may be too few, never too many."""
+    def stride(self, plan: StepPlan, now: float, seconds: float, most: int = _MANY) -> int:
+        """How many passes in a row, up to `most`, that of the plan just made included, would be
+        this very plan moved on by one token each, if nothing came from outside, each took
+        `seconds`, and nobody sampled a stop token. At least 1; may be too few, never too many."""
         if plan is not self._plan:
             raise RuntimeError("this plan does not run")
         return passes_alike(
             plan,
             now,
             seconds,
+            most,
             capacity=self._capacity,
             rules=self._rules,
             policy=self._policy,
             residency=self._kv,
             chooser=self._chooser,
         )
+
+    def stride_before(
+        self, plan: StepPlan, newcomer: Sequence, now: float, seconds: float, passes: int
+    ) -> int:
+        """How many of the `passes` that `stride` said would follow each other from `now` on, each
+        of `seconds`, remain if this sequence joins those that wait: 1 if it may be let in."""
+        rank = self._policy.rank
+        if (
+            len(plan.chunks) < self._capacity.max_sequences
+            or self._chooser.swaps
+            or any(rank(sequence) > rank(newcomer) for sequence in self._in_pass)
+        ):
+            return 1
+        return passes_before(plan, newcomer, now, seconds, passes, self._policy)
 
     def apply_stride(
         self,
@@ -278,7 +300,8 @@ class DecodeScheduler:
     ) -> list[DecodeEvent]:
         """Take what `passes` passes gave, at most as many as `stride` said, that took `seconds` in
         all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them;
-        the last one `last[i]` for chunk i, if given. One event per sequence."""
+        the last one `last[i]` for chunk i, if given. One event, with all its tokens of the
+        stride, for each sequence that has ended."""
         self._end_pass(plan)
         self._drop_doomed()
         if self.cost.learns:
@@ -287,27 +310,49 @@ class DecodeScheduler:
                 then = replace(work, context=work.context + done * work.sequences)
                 self.cost.add(StepRecord(then, seconds / passes))
         ending = last or (token_id,) * len(plan.chunks)
-        live = [
-            (chunk.sequence, token)
-            for chunk, token in zip(plan.chunks, ending, strict=True)
-            if self._is_live(chunk.sequence)
-        ]
         before = (token_id,) * (passes - 1)
-        for sequence, _ in live:
-            self._kv.grow_by(sequence, passes)
+        kv, charge = self._kv, self._policy.charge
+        ended: list[tuple[Sequence, Finish, int]] = []
+        for (sequence, _, _, _), token in zip(plan.chunks, ending, strict=True):
+            if not self._is_live(sequence):
+                continue
+            kv.grow_by(sequence, passes)
             sequence.tokens += before
             sequence.computed += passes
-            self._policy.charge(sequence, seconds, now)
-        events: list[DecodeEvent] = []
-        for sequence, token in live:
+            charge(sequence, seconds, now, passes)
             finish = sequence.append(token)
             if finish is not None:
-                self._finish(sequence, finish)
+                ended.append((sequence, finish, token))
+        events: list[DecodeEvent] = []
+        for sequence, finish, token in ended:
+            self._finish(sequence, finish)
             tokens = (*before, token)
             events.append(Output(sequence.request.id, sequence.index, tokens, finish=finish))
         return events
 
+    def advance(
+        self, plan: StepPlan, passes: int, token_id: int, seconds: float, now: float
+    ) -> StepPlan:
+        """Take what the first `passes` of a stride gave, where more follow: `apply_stride`, and
+        the same plan moved on, which runs from `now` on."""
+        self.apply_stride(plan, passes, token_id, seconds, now)
+        live = [s for s, _, _, _ in plan.chunks if s.phase is Phase.RUNNING and self._kv.grow(s)]
+        chunks = tuple([Chunk(s, s.computed, 1, sample=True) for s in live])
+        then = replace(plan, chunks=chunks)
+        self._begin_pass(then, now)
+        return then
+
     # -- Facts -----------------------------------------------------------------------------
+
+    @property
+    def swaps(self) -> bool:
+        """Whether any KV is ever swapped."""
+        return self._chooser.swaps
+
+    @property
+    def free_blocks(self) -> int:
+        """KV blocks that can be allocated now."""
+        return self._kv.blocks.free
 
     @property
     def preemptions(self) -> int:
@@ -360,11 +405,14 @@ class DecodeScheduler:
         self._plan = plan
         self._waits += not plan.chunks
         self._stalls += plan.swaps_first
-        self._in_pass = frozenset(chunk.sequence for chunk in plan.chunks)
-        self._kv.fresh -= self._in_pass
+        self._in_pass = frozenset([chunk.sequence for chunk in plan.chunks])
+        if self._kv.fresh:
+            self._kv.fresh -= self._in_pass
         self._kv.blocks.begin_pass()
-        for sequence in self._in_pass:
-            self._groups[sequence.request.id].begin_pass(now)
+        for chunk in plan.chunks:
+            group = self._groups[chunk.sequence.request.id]
+            if group.prompt is not None:
+                group.begin_pass(now)
 
     def _end_pass(self, plan: StepPlan) -> None:
         if plan is not self._plan:
@@ -375,9 +423,10 @@ class DecodeScheduler:
     @staticmethod
     def _is_live(sequence: Sequence) -> bool:
         """False for one that was aborted during the pass."""
-        if sequence.phase is Phase.RETURNING:
+        phase = sequence.phase
+        if phase is Phase.RETURNING:
             raise RuntimeError(f"sequence {sequence.id} was computed before its KV was back")
-        return sequence.phase is Phase.RUNNING
+        return phase is Phase.RUNNING
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence in self._in_pass:

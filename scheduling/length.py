@@ -34,6 +34,7 @@ _TILTS = np.array((0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5))
 _SMOOTHING = 0.05  # of the frequencies: requests that each bucket has for a start
 _FADE_EVERY = 256  # requests after which the steps of the regression grow a little again
 _FADE = np.float32(0.98)
+_MOST = 1e9  # no probability, however it is scaled
 _LEAST = 1e-9  # a probability whose logarithm is still worth telling apart
 
 Floats = NDArray[np.float64]
@@ -138,7 +139,11 @@ class LengthPredictor:
         Raises ValueError if they are not probabilities of these buckets.
         """
         blend = np.array(probabilities, float)
-        if blend.shape != self._edges.shape or not (blend >= 0).all() or not blend.sum() > 0:
+        if (
+            blend.shape != self._edges.shape
+            or not (blend >= 0).all()
+            or not 0 < blend.max() < _MOST
+        ):
             raise ValueError("not the probabilities of these buckets")
         blend /= blend.sum()
         most = prediction.max_tokens

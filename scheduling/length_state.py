@@ -133,10 +133,15 @@ def from_bytes(data: bytes, shape: Shape) -> LengthState:
         state.seen = int(header["seen"])
     except StateError:
         raise
-    except (KeyError, TypeError, ValueError, struct.error, zlib.error) as error:
+    except (
+        *(KeyError, TypeError, ValueError, OverflowError, RecursionError),
+        *(struct.error, zlib.error),
+    ) as error:
         raise StateError(f"the state is damaged: {error}") from error
     floats = (state.weights, state.squares, state.tallies)
-    if reader.rest or state.seen < 0 or not all(np.isfinite(part).all() for part in floats):
+    sound = all(np.isfinite(part).all() for part in floats)
+    sound = sound and all((part >= 0).all() for part in (state.squares, state.tallies))
+    if reader.rest or state.seen < 0 or not sound:
         raise StateError("the state is damaged")
     return state
 

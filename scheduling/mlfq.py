@@ -13,7 +13,6 @@ docs/decisions/004-predicted-srpt.md has what that costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -59,6 +58,7 @@ class MlfqPolicy(PreemptivePolicy):
         )
         self._mlfq = mlfq
         self._cost = cost
+        self._quanta = [mlfq.quantum_of(level) for level in range(mlfq.levels)]
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Join the first level, or the one that the sequence had sunk to elsewhere."""
@@ -92,18 +92,17 @@ class MlfqPolicy(PreemptivePolicy):
         return float(sequence.level)
 
     def _served(self, sequence: Sequence, seconds: float) -> None:
-        level = sequence.level
-        self._mlfq.charge(sequence, seconds)
-        if sequence.level != level:
+        if sequence.served + seconds < self._quanta[sequence.level]:
+            sequence.served += seconds
+        else:
+            self._mlfq.charge(sequence, seconds)
             sequence.rank = None
 
-    def _until_change(
-        self, chosen: Items[Sequence], others: Iterable[Sequence], now: float
-    ) -> float:
-        return min(
-            (self._mlfq.quantum_of(s.level) - s.served + max(s.credit, 0.0) for s in chosen),
-            default=math.inf,
-        )
+    def _until_behind(self, sequence: Sequence, other: Sequence, pass_seconds: float) -> float:
+        """Until it has sunk to the level of the other, or below it if it came before."""
+        earlier = self.rank(sequence)[3:] < self.rank(other)[3:]
+        levels = self._quanta[sequence.level : other.level + earlier]
+        return sum(levels) - sequence.served
 
 
 class SkipJoinMlfq(MlfqPolicy):

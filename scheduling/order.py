@@ -30,9 +30,10 @@ class Policy(Protocol):
         """Its place. Changes only through the other methods."""
         ...
 
-    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
-        """A pass that took `seconds` and ended `now` had the sequence in it; or several passes in
-        a row that took `seconds` together, no more than `steady` had said."""
+    def charge(self, sequence: Sequence, seconds: float, now: float, passes: int = 1) -> None:
+        """A pass that took `seconds` and ended `now` had the sequence in it; or `passes` of them
+        in a row that took `seconds` together, no more than `steady` had said. The same sequences
+        are charged with what ended at the same time."""
         ...
 
     def promote(self, sequences: Collection[Sequence], now: float) -> None:
@@ -44,10 +45,17 @@ class Policy(Protocol):
         sequences (FastServe's ENST); 0 for the first `slots`. An estimate: orders swaps only."""
         ...
 
-    def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
-        """Seconds of service that all of `chosen`, and none of `others`, can get from `now` on
-        before the order of the two groups, or any of their levels, may change by that alone.
-        May be too small, never too large."""
+    def steady(
+        self,
+        chosen: Iterable[Sequence],
+        others: Iterable[Sequence],
+        now: float,
+        pass_seconds: float,
+    ) -> float:
+        """Seconds of service that all of `chosen`, and none of `others`, can get from `now` on, a
+        token in every `pass_seconds`, before any of the one group may fall behind any of the
+        other, or come before it, by that alone. `others` are in rank order, best first. May be
+        too small, never too large."""
         ...
 
 
@@ -73,7 +81,7 @@ class Fcfs:
         assert sequence.rank is not None
         return sequence.rank
 
-    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+    def charge(self, sequence: Sequence, seconds: float, now: float, passes: int = 1) -> None:
         """Service changes nothing."""
 
     def promote(self, sequences: Collection[Sequence], now: float) -> None:
@@ -83,7 +91,13 @@ class Fcfs:
         """Nothing is known of lengths: by position."""
         return [float(max(0, place - slots + 1)) for place in range(len(ranked))]
 
-    def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
+    def steady(
+        self,
+        chosen: Iterable[Sequence],
+        others: Iterable[Sequence],
+        now: float,
+        pass_seconds: float,
+    ) -> float:
         """Service changes nothing."""
         return math.inf
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.types import Logprob
 from scheduling.sequence import Sequence
@@ -30,9 +31,11 @@ class Capacity:
         return -(-tokens // self.block_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens [start, start + length) of a sequence in one pass; `sample` if they are its last."""
+class Chunk(NamedTuple):
+    """Tokens [start, start + length) of a sequence in one pass; `sample` if they are its last.
+
+    A tuple, because every pass makes one for each of its sequences.
+    """
 
     sequence: Sequence
     start: int

@@ -78,12 +78,12 @@ class RemainingWork:
         """Seconds of passes until so many tokens of one sequence are computed."""
         return self._cost.model.first_iteration(uncomputed)
 
-    def ran(self, now: float) -> None:
-        """One more sequence was in the pass that ended `now`."""
+    def ran(self, now: float, passes: int = 1) -> None:
+        """One more sequence was in the pass that ended `now`, or in so many in a row."""
         if now != self._pass_ended:
             self._pass_ended = now
-            self._passes += 1
-        self._charges += 1
+            self._passes += passes
+        self._charges += passes
 
     def measure(self, sequences: Collection[Sequence]) -> bool:
         """Work out the time per generated token again, from the passes since the last call.

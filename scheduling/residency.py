@@ -250,7 +250,7 @@ class Residency:
                 return False
             sequence.blocks += self.blocks.allocate(1)
             self.reservations.note(sequence)
-        if self.reservations.outgrown(sequence):
+        if sequence.allotment and self.reservations.outgrown(sequence):
             room = self.reservations.room(self.blocks.free)
             self.reservations.enlarge(sequence, max(0, room))
         return True
@@ -258,9 +258,9 @@ class Residency:
     def grow_by(self, sequence: Sequence, tokens: int) -> None:
         """Give a running sequence all the blocks that it needs to get `tokens` more tokens. There
         must be room, also in its allotment."""
-        needed = self._capacity.blocks_for(len(sequence.tokens) + tokens - 1)
-        if needed > len(sequence.blocks):
-            sequence.blocks += self.blocks.allocate(needed - len(sequence.blocks))
+        held, size = len(sequence.blocks), self._capacity.block_size
+        if (end := len(sequence.tokens) + tokens - 1) > held * size:
+            sequence.blocks += self.blocks.allocate(-(-end // size) - held)
             self.reservations.note(sequence)
 
     def lacks_block(self, sequence: Sequence) -> bool:

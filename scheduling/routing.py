@@ -71,7 +71,12 @@ class LeastOutstanding:
 
     def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
         """Does not look at KV."""
-        return sorted(candidates, key=lambda c: (c.sequences, c.queued_tokens, c.id))
+        return sorted(candidates, key=lambda c: (*self.place(c), c.id))
+
+    @staticmethod
+    def place(one: Candidate) -> tuple[float, ...]:
+        """Lowest first; among equals by id."""
+        return (one.sequences, one.queued_tokens)
 
 
 class KvAware:
@@ -86,12 +91,18 @@ class KvAware:
         """Among equals the one with most free blocks, then by id."""
         known = all(c.outstanding_tokens is not None for c in candidates)
 
-        def burden(one: Candidate) -> tuple[bool, int, float, int, int, str]:
+        def burden(one: Candidate) -> tuple[float | str, ...]:
             no_room = one.free_blocks < max(1, blocks)
-            work = _work(one) if known else float(one.sequences)
-            return (no_room, one.beyond_batch, work, one.sequences, -one.free_blocks, one.id)
+            return (no_room, *self.place(one, known=known), one.id)
 
         return sorted(candidates, key=burden)
+
+    @staticmethod
+    def place(one: Candidate, *, known: bool = True) -> tuple[float, ...]:
+        """Lowest first among those that have room, and among those that have none; among equals by
+        id. `known`: what is expected of every candidate is."""
+        work = _work(one) if known else float(one.sequences)
+        return (one.beyond_batch, work, one.sequences, -one.free_blocks)
 
 
 def _work(one: Candidate) -> float:

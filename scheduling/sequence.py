@@ -126,11 +126,12 @@ class Sequence:
         """Take a sampled token; returns how the sequence ends with it, or None if it goes on."""
         self.tokens.append(token_id)
         stopping = self.request.stopping
-        if self.generated > stopping.min_tokens:
+        generated = len(self.tokens) - self.prompt_length
+        if generated > stopping.min_tokens:
             if token_id in stopping.eos_token_ids:
                 return Finish(FinishReason.STOP, token_id, is_eos=True)
             if token_id in stopping.stop_token_ids:
                 return Finish(FinishReason.STOP, token_id)
-        if self.generated >= stopping.max_tokens:
+        if generated >= stopping.max_tokens:
             return Finish(FinishReason.LENGTH)
         return None

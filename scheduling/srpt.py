@@ -21,14 +21,14 @@ import math
 from collections.abc import Collection
 from collections.abc import Sequence as Items
 
-from scheduling.cost import CostTracker, Work
+from scheduling.aging import AGING, MOST_AGING, aging_factor
+from scheduling.cost import CostTracker
 from scheduling.mlfq import Mlfq
 from scheduling.remaining import RemainingWork
-from scheduling.sequence import Sequence, Standing
+from scheduling.sequence import Sequence
 from scheduling.standing import PreemptivePolicy
 
-_AGING = 1.8  # what the knob at 1 stands for
-_MOST_AGING = 8.0  # close enough to first come, first served
+_ROUNDING = 1e-6  # of a token
 _DRIFT = 0.1  # relative change of the factor that is worth a new order
 
 
@@ -42,7 +42,7 @@ class PredictedSrpt(PreemptivePolicy):
         self._mlfq = mlfq
         self._cost = cost
         self._knob = aging
-        self.aging = min(_AGING * aging, _MOST_AGING)
+        self.aging = min(AGING * aging, MOST_AGING)
         """How many seconds of predicted work a second of age makes up for, at this load."""
         self._age: float | None = None  # running mean, over time, of the mean age
         self._tuned_at = -math.inf
@@ -69,32 +69,19 @@ class PredictedSrpt(PreemptivePolicy):
     def _served(self, sequence: Sequence, seconds: float) -> None:
         """Its rank is worked out at the next plan: its new token is not there yet."""
         sequence.rank = None
-        if sequence.generated >= sequence.expected * 2**sequence.level:
-            sequence.level = min(sequence.level + 1, self._mlfq.levels - 1)
+        generated, last = len(sequence.tokens) - sequence.prompt_length, self._mlfq.levels - 1
+        while sequence.level < last and generated >= sequence.expected * 2**sequence.level:
+            sequence.level += 1
 
-    def _until_change(
-        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
-    ) -> float:
-        """Service improves a place until the sequence outlives its estimate: then the chosen must
-        not fall behind the best of the others, and a level must not change."""
-        best = min(
-            (self._measure(s) for s in others if s.standing is Standing.ORDINARY),
-            default=math.inf,
-        )
-        tokens = min((self._steady_tokens(s, best) for s in chosen), default=math.inf)
-        fastest = self._cost.model.seconds(Work(sequences=1))
-        seconds = max(0.0, tokens - 1) * fastest if tokens < math.inf else math.inf
-        return min(seconds, self._retune_at - now) if others else seconds
+    def _until_behind(self, sequence: Sequence, other: Sequence, pass_seconds: float) -> float:
+        """Service improves a place until the sequence outlives its estimate; from then on a
+        quarter of what it has generated counts."""
+        room = self.rank(other)[2] - self.aging * sequence.arrived_at
+        tokens = 4 * room / self._work.token_seconds - sequence.generated
+        return max(0.0, tokens - _ROUNDING) * pass_seconds
 
-    def _steady_tokens(self, sequence: Sequence, best: float) -> float:
-        """Tokens that it can generate before its level changes or its measure exceeds `best`."""
-        tokens = math.inf
-        if sequence.level < self._mlfq.levels - 1:
-            tokens = sequence.expected * 2**sequence.level - sequence.generated
-        if best < math.inf and sequence.standing is Standing.ORDINARY:
-            room = (best - self.aging * sequence.arrived_at) / self._work.token_seconds
-            tokens = min(tokens, 4 * room - sequence.generated)
-        return tokens
+    def _look_again_at(self) -> float:
+        return self._retune_at
 
     # -- The load --------------------------------------------------------------------------
 
@@ -111,8 +98,7 @@ class PredictedSrpt(PreemptivePolicy):
         if self._age is not None:
             age = self._age + (age - self._age) * -math.expm1((self._tuned_at - now) / service)
         self._age, self._tuned_at = age, now
-        ratio = service / age if age > 0 else math.inf
-        factor = min(_AGING * self._knob * ratio * ratio, _MOST_AGING)
+        factor = aging_factor(self._knob, service, age)
         if abs(factor - self.aging) <= _DRIFT * self.aging:
             return False
         self.aging = factor
@@ -149,8 +135,9 @@ class SrptOracle(PreemptivePolicy):
     def _served(self, sequence: Sequence, seconds: float) -> None:
         sequence.rank = None
 
-    def _until_change(
-        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
-    ) -> float:
+    def _until_behind(self, sequence: Sequence, other: Sequence, pass_seconds: float) -> float:
         """Service only improves a place."""
-        return self._retune_at - now if others else math.inf
+        return math.inf
+
+    def _look_again_at(self) -> float:
+        return self._retune_at

@@ -20,8 +20,8 @@ gives way when it has had its quantum.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Collection, Iterable
-from collections.abc import Sequence as Items
 
 from scheduling.remaining import RemainingWork
 from scheduling.sequence import Rank, Sequence, Standing
@@ -62,10 +62,9 @@ class PreemptivePolicy:
         """Follow what is measured; returns whether all measures have changed with it."""
         return self._work.measure(sequences)
 
-    def _until_change(
-        self, chosen: Items[Sequence], others: Collection[Sequence], now: float
-    ) -> float:
-        """As `Policy.steady`, for the measures and levels."""
+    def _until_behind(self, sequence: Sequence, other: Sequence, pass_seconds: float) -> float:
+        """Seconds of service until this ordinary sequence may fall behind `other`, an ordinary one
+        of its class that comes after it and gets none."""
         raise NotImplementedError
 
     # -- The policy ------------------------------------------------------------------------
@@ -95,10 +94,10 @@ class PreemptivePolicy:
             )
         return known
 
-    def charge(self, sequence: Sequence, seconds: float, now: float) -> None:
+    def charge(self, sequence: Sequence, seconds: float, now: float, passes: int = 1) -> None:
         """Service that a starved sequence is given as such counts for nothing else."""
         sequence.waiting_since = now
-        self._work.ran(now)
+        self._work.ran(now, passes)
         if sequence.standing is Standing.STARVED:
             sequence.credit -= seconds
             if sequence.credit > 0:
@@ -124,14 +123,36 @@ class PreemptivePolicy:
         """Seconds until it counts as starved, if it does not run before."""
         return max(0.0, sequence.waiting_since + self._promote_after - now)
 
-    def steady(self, chosen: Iterable[Sequence], others: Iterable[Sequence], now: float) -> float:
-        """Until the first quantum ends; if others wait, also until a standing may change."""
-        chosen, others = list(chosen), list(others)
-        seconds = self._until_change(chosen, others, now)
-        if others:
-            credits = (s.credit for s in chosen if s.standing is Standing.STARVED)
-            seconds = min(seconds, self._starves_at - now, self._turns_at - now, *credits)
+    def steady(
+        self,
+        chosen: Iterable[Sequence],
+        others: Iterable[Sequence],
+        now: float,
+        pass_seconds: float,
+    ) -> float:
+        """If others wait: until a standing may change, the load is looked at again, or one of the
+        chosen may fall behind the best of those that come after it. Service given to the starved
+        and the urgent moves them only by ending that."""
+        left = [*others]
+        if not left:
+            return max(0.0, self._look_again_at() - now)
+        seconds = min(self._starves_at, self._turns_at, self._look_again_at()) - now
+        first = self.rank(left[0])
+        for sequence in chosen:
+            rank = self.rank(sequence)
+            place = 0 if rank < first else bisect(left, rank, key=self.rank)
+            if sequence.standing is Standing.STARVED:
+                seconds = min(seconds, sequence.credit)
+            elif place < len(left) and sequence.standing is Standing.ORDINARY:
+                other = left[place]
+                if other.request.priority == sequence.request.priority:
+                    behind = self._until_behind(sequence, other, pass_seconds)
+                    seconds = behind if behind < seconds else seconds
         return max(0.0, seconds)
+
+    def _look_again_at(self) -> float:
+        """When the measures of all may change without any service."""
+        return math.inf
 
     # -- Standings -------------------------------------------------------------------------
 

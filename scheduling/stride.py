@@ -21,6 +21,7 @@ def passes_alike(
     plan: StepPlan,
     now: float,
     seconds: float,
+    most: int,
     *,
     capacity: Capacity,
     rules: Rules,
@@ -28,11 +29,13 @@ def passes_alike(
     residency: Residency,
     chooser: Chooser,
 ) -> int:
-    """How many passes, the one of `plan` included, would have the same sequences in them if
-    nothing came from outside, nobody stopped early and each took `seconds` from `now` on."""
-    sequences = [chunk.sequence for chunk in plan.chunks]
-    if not sequences or not all(s.generating for s in sequences):
+    """How many passes, up to `most`, the one of `plan` included, would have the same sequences in
+    them if nothing came from outside, nobody stopped early and each took `seconds` from `now`
+    on."""
+    longest = min(most, _tokens_left(plan))
+    if longest <= 1:
         return 1
+    sequences = [chunk.sequence for chunk in plan.chunks]
     if chooser.gave_way or residency.swaps.in_flight or residency.swapped:
         return 1  # the next plan finds other blocks free than this one did
     spare = residency.blocks.free
@@ -42,7 +45,6 @@ def passes_alike(
             spare -= reserve  # below it swaps begin
         elif len(residency.running) > len(sequences):
             return 1  # swaps may begin as soon as somebody can be spared for long
-    longest = min(_tokens_left(s) for s in sequences)
     if chooser.head is not None:
         if chooser.swaps:
             return 1  # room may be made for it
@@ -52,15 +54,33 @@ def passes_alike(
         longest = _passes_with_room(sequences, longest, spare, capacity, residency)
     if longest > 1:
         here = set(sequences)
-        others = [s for s in (*residency.running, *residency.waiting) if s not in here]
-        longest = _passes_in(policy.steady(sequences, others, now), seconds, longest)
+        others = (s for s in chooser.ranked if s not in here)
+        longest = _passes_in(policy.steady(sequences, others, now, seconds), seconds, longest)
     return longest
 
 
-def _tokens_left(sequence: Sequence) -> int:
-    """Passes until it has all its tokens, or has used up its allotment."""
-    most = sequence.request.stopping.max_tokens
-    return max(1, min(sequence.allotment or most, most) - sequence.generated)
+def passes_before(
+    plan: StepPlan, newcomer: Sequence, now: float, seconds: float, passes: int, policy: Policy
+) -> int:
+    """How many of so many passes, in which all places are taken by sequences that go before it,
+    remain if `newcomer` waits, too."""
+    chosen = [chunk.sequence for chunk in plan.chunks]
+    return _passes_in(policy.steady(chosen, [newcomer], now, seconds), seconds, passes)
+
+
+def _tokens_left(plan: StepPlan) -> int:
+    """Passes until the first of its sequences has all its tokens, or has used up its allotment; 1
+    if any of them does not generate, or there is none."""
+    fewest = None
+    for sequence, _, _, _ in plan.chunks:
+        tokens, prompt = len(sequence.tokens), sequence.prompt_length
+        if tokens - sequence.computed != 1 or tokens <= prompt:
+            return 1
+        most, allotment = sequence.request.stopping.max_tokens, sequence.allotment
+        left = (allotment if 0 < allotment < most else most) - (tokens - prompt)
+        if fewest is None or left < fewest:
+            fewest = left
+    return max(1, fewest or 1)
 
 
 def _passes_in(steady: float, seconds: float, most: int) -> int:
@@ -86,6 +106,8 @@ def _passes_with_room(
     without an allotment leave alone what is reserved for the others."""
     room = residency.reservations.room(residency.blocks.free)
     size = capacity.block_size
+    if len(sequences) * capacity.blocks_for(most) <= min(spare, room):
+        return most  # even if all of them had to begin a new block at once
     slack = np.array([len(s.blocks) * size - len(s.tokens) for s in sequences])
     unreserved = np.array([not s.allotment for s in sequences])
 

@@ -8,13 +8,14 @@ bandwidth and latency. What the gateway does between them takes none.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from scheduling.routing import make_router
 from scheduling.simulator.outcome import Outcome, Served
 from scheduling.simulator.prefill_worker import HandedOff, SimulatedPrefillWorker, Transfer
 from scheduling.simulator.queue import QueueOrder, WaitingQueue
+from scheduling.simulator.ranking import Ranking
 from scheduling.simulator.traffic import Job, OpenLoop, Source
 from scheduling.simulator.worker import SimulatedWorker, WorkerSpec, sum_tallies
 
@@ -81,8 +82,16 @@ class _Cluster:
             for i in range(spec.prefill_workers)
             if spec.prefill is not None
         }
-        self._to_decode = make_router(spec.routing)
-        self._to_prefill = make_router(spec.routing)
+        most = spec.decode.capacity.max_sequences + spec.ahead_sequences
+        self._to_decode = Ranking(
+            make_router(spec.routing), self._decode, lambda worker: worker.jobs < most
+        )
+        self._ahead = spec.ahead_passes * spec.prefill.capacity.max_tokens if spec.prefill else 0
+        self._to_prefill = Ranking(
+            make_router(spec.routing),
+            self._prefill,
+            lambda worker: not worker.jobs or worker.queued_tokens < self._ahead,
+        )
         self._placed: dict[str, SimulatedWorker] = {}  # job id to where it decodes
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
@@ -118,11 +127,23 @@ class _Cluster:
         """All that happens now has happened: place what waits, start passes."""
         self._dispatch(now)
         for worker in self._woken:
+            self._note_change(worker)
             ends = worker.ends if worker.ends is not None else worker.begin(now)
             if ends is not None and ends != self._due.get(worker):
                 self._due[worker] = ends
                 self._at(ends, self._end_of_pass(worker))
         self._woken.clear()
+
+    def _wake(self, worker: _Worker) -> None:
+        """Something has happened there."""
+        self._woken[worker] = None
+        self._note_change(worker)
+
+    def _note_change(self, worker: _Worker) -> None:
+        if isinstance(worker, SimulatedWorker):
+            self._to_decode.touch(worker)
+        else:
+            self._to_prefill.touch(worker)
 
     def _at(self, time: float, act: Callable[[float], None]) -> None:
         self._number += 1
@@ -178,48 +199,38 @@ class _Cluster:
         if helper is None:
             return False
         for worker in self._decode_for(job):
-            self._woken[worker] = None
+            self._wake(worker)
             if worker.reserve(job, now):
                 if not helper.submit(job, now):
                     worker.abandon(job, now)
                     return False
                 self._placed[job.id] = worker
-                self._woken[helper] = None
+                self._wake(helper)
                 return True
         return False
 
     def _place_whole(self, job: Job, now: float) -> bool:
         for worker in self._decode_for(job):
-            self._woken[worker] = None
+            self._wake(worker)
             if worker.submit(job, now):
                 self._placed[job.id] = worker
                 return True
         return False
 
-    def _decode_for(self, job: Job) -> list[SimulatedWorker]:
+    def _decode_for(self, job: Job) -> Iterator[SimulatedWorker]:
         """Decode workers that may take one more, best first."""
-        spec = self._spec
-        most = spec.decode.capacity.max_sequences + spec.ahead_sequences
-        candidates = [
-            worker.candidate(name) for name, worker in self._decode.items() if worker.jobs < most
-        ]
         expected = job.prompt_tokens + (job.estimate.tokens if job.estimate else 0)
-        blocks = spec.decode.capacity.blocks_for(expected)
-        return [self._decode[c.id] for c in self._to_decode.rank(candidates, blocks)]
+        return self._to_decode.best_first(self._spec.decode.capacity.blocks_for(expected))
 
     def _prefill_for(self, job: Job) -> SimulatedPrefillWorker | None:
         """The best prefill worker that has room for the prompt ahead of its passes; an idle one
         takes any."""
         assert self._spec.prefill is not None
-        capacity = self._spec.prefill.capacity
-        most = self._spec.ahead_passes * capacity.max_tokens
-        candidates = [
-            worker.candidate(name)
-            for name, worker in self._prefill.items()
-            if not worker.jobs or worker.queued_tokens + job.prompt_tokens <= most
-        ]
-        ranked = self._to_prefill.rank(candidates, capacity.blocks_for(job.prompt_tokens))
-        return self._prefill[ranked[0].id] if ranked else None
+        blocks = self._spec.prefill.capacity.blocks_for(job.prompt_tokens)
+        for worker in self._to_prefill.best_first(blocks):
+            if not worker.jobs or worker.queued_tokens + job.prompt_tokens <= self._ahead:
+                return worker
+        return None
 
     # -- Passes ----------------------------------------------------------------------------
 
@@ -228,7 +239,7 @@ class _Cluster:
             if self._due.get(worker) != now:
                 return  # brought forward meanwhile
             del self._due[worker]
-            self._woken[worker] = None
+            self._wake(worker)
             if isinstance(worker, SimulatedWorker):
                 for served in worker.end():
                     self._ended(served, now)
@@ -242,7 +253,7 @@ class _Cluster:
         if done.job.output_tokens == 1:
             worker = self._placed[done.job.id]
             worker.abandon(done.job, now)
-            self._woken[worker] = None
+            self._wake(worker)
             helper.release(done.blocks)
             self._ended(Served(done.job, now, now), now)
         else:
@@ -256,6 +267,7 @@ class _Cluster:
         def arrive(now: float) -> None:
             helper.release(done.blocks)
             worker.arrived(done.job, first_token, now)
-            self._woken[worker] = self._woken[helper] = None
+            self._wake(worker)
+            self._wake(helper)
 
         self._at(done.kv_at, arrive)

@@ -80,6 +80,11 @@ class CostExecutor:
         """Output tokens that are still to come; at least 1 while the sequence lives."""
         return self._length_at_end[sequence] - len(sequence.tokens)
 
+    def shortest(self, plan: StepPlan) -> int:
+        """The fewest that are still to come of any of its sequences; 0 without sequences."""
+        at_end, chunks = self._length_at_end, plan.chunks
+        return min([at_end[c[0]] - len(c[0].tokens) for c in chunks]) if chunks else 0
+
     def after(self, plan: StepPlan, passes: int) -> tuple[int, ...]:
         """The token that each sequence of a generation pass samples in the last of so many."""
         at_end = self._length_at_end
@@ -90,6 +95,12 @@ class CostExecutor:
 
     def execute(self, plan: StepPlan, now: float) -> StepResult:
         """Run a pass that begins `now`."""
+        end = self.run(plan, now)
+        sampled = self.sample(plan)
+        return StepResult(sampled, ((),) * len(sampled), end - now, self.link.ended(end))
+
+    def run(self, plan: StepPlan, now: float) -> float:
+        """Begin a pass `now`; returns when it ends."""
         end = now
         if plan.swap_out or plan.swap_in:
             swapped_at = self.link.begin(plan, now)
@@ -100,16 +111,21 @@ class CostExecutor:
         else:
             end = self._wait(end)
             self.stall_seconds += end - now
+        return end
+
+    def sample(self, plan: StepPlan) -> tuple[Sampled | None, ...]:
+        """What each of its chunks gives."""
         at_end = self._length_at_end
-        sampled = tuple(
-            None
-            if not chunk.sample
-            else _ENDS
-            if len(chunk.sequence.tokens) + 1 >= at_end[chunk.sequence]
-            else _GOES_ON
-            for chunk in plan.chunks
+        return tuple(
+            [
+                None
+                if not sample
+                else _ENDS
+                if len(sequence.tokens) + 1 >= at_end[sequence]
+                else _GOES_ON
+                for sequence, _, _, sample in plan.chunks
+            ]
         )
-        return StepResult(sampled, ((),) * len(sampled), end - now, self.link.ended(end))
 
     def _wait(self, start: float) -> float:
         """A plan without chunks: until one swap, any, has ended."""

@@ -53,11 +53,12 @@ class _Pass:
     """What runs now: one pass, or several of the same sequences in a row."""
 
     plan: StepPlan
-    result: StepResult
     begins: float
     ends: float
+    swapped: tuple[int, ...]  # swaps that are complete when the first pass ends
     passes: int = 1
     stride: Stride | None = None  # how long they take, if they are several
+    ending: int = 1  # passes until the first of the sequences ends
 
 
 class SimulatedWorker:
@@ -100,18 +101,19 @@ class SimulatedWorker:
 
     def submit(self, job: Job, now: float) -> bool:
         """Take a job whose prompt is computed here. False if the worker refuses it."""
-        self._shorten(now)
         try:
             (sequence,) = self.scheduler.submit(job.request(), now)
         except (InvalidRequest, Overloaded):
             return False
+        self._shorten(now, sequence)
         self._take(job, sequence)
         return True
 
     def reserve(self, job: Job, now: float) -> bool:
         """Hold room for a job whose KV comes from elsewhere: `arrived` or `abandon` must follow.
         False if there is none now, or ever."""
-        self._catch_up(now)
+        if not self._has_plenty(job):
+            self._catch_up(now)
         try:
             sequence = self.scheduler.reserve(job.request(), now)
         except (InvalidRequest, Overloaded):
@@ -123,7 +125,7 @@ class SimulatedWorker:
         """The KV of its prompt is here. The client has had the first token since
         `first_token_at`, and it was not the last."""
         self._candidate = None
-        self._catch_up(now)
+        self._shorten(now)
         live = self._live[job.id]
         self._note(live, [first_token_at])
         self.scheduler.arrived(live.sequence, PLAIN, now)
@@ -166,8 +168,7 @@ class SimulatedWorker:
         plan = self.scheduler.plan(now)
         if plan is None:
             return None
-        result = self.executor.execute(plan, now)
-        self._pass = running = _Pass(plan, result, now, now + result.seconds)
+        self._pass = running = self._run(plan, now)
         if self._strides:
             self._lengthen(running)
         return running.ends
@@ -180,20 +181,26 @@ class SimulatedWorker:
         self._pass = None
         if done.stride is not None:
             return self._apply_stride(done, done.stride, done.passes, done.ends)
-        events = self.scheduler.apply(done.plan, done.result, done.ends)
-        self._count(1, done.result.seconds, done.plan.tokens)
-        return self._outputs(events, [done.ends])
-
-    def _outputs(self, events: Iterable[DecodeEvent], times: Items[float]) -> list[Served]:
-        """Note what was sampled, one token per sequence at each of `times`."""
-        served = []
+        seconds, sampled = done.ends - done.begins, self.executor.sample(done.plan)
+        result = StepResult(sampled, ((),) * len(sampled), seconds, done.swapped)
+        events = self.scheduler.apply(done.plan, result, done.ends)
+        self._count(1, seconds, done.plan.tokens)
         for event in events:
             if isinstance(event, Output):
-                live = self._live[event.request_id]
-                self._note(live, times)
-                if event.finish is not None:
-                    served.append(self._finish(live, times[-1]))
-        return served
+                self._note(self._live[event.request_id], (done.ends,))
+        return self._ended(events, done.ends)
+
+    def _run(self, plan: StepPlan, now: float) -> _Pass:
+        ends = self.executor.run(plan, now)
+        return _Pass(plan, now, ends, self.executor.link.ended(ends))
+
+    def _ended(self, events: Iterable[DecodeEvent], now: float) -> list[Served]:
+        """The jobs whose last token is among `events`."""
+        return [
+            self._finish(self._live[event.request_id], now)
+            for event in events
+            if isinstance(event, Output) and event.finish is not None
+        ]
 
     # -- Strides ---------------------------------------------------------------------------
 
@@ -201,25 +208,45 @@ class SimulatedWorker:
         """Take in the passes that will follow with the same sequences, up to the first that ends
         somebody or a swap."""
         plan, link = running.plan, self.executor.link
-        most = min((self.executor.remaining(c.sequence) for c in plan.chunks), default=0)
-        if most < 2 or plan.swap_out or plan.swap_in or running.result.swapped:
+        most = running.ending = self.executor.shortest(plan)
+        if most < 2 or plan.swap_out or plan.swap_in or running.swapped:
             return
-        stride = Stride.of(plan, running.result.seconds, self.spec.cost)
+        stride = Stride.of(plan, running.ends - running.begins, self.spec.cost)
         if (swapped_at := link.next_end()) is not None:
             most = min(most, stride.begun_by(swapped_at - running.begins) - 1)
         if most > 1:
-            passes = min(most, self.scheduler.stride(plan, running.begins, stride.last(most)))
+            passes = self.scheduler.stride(plan, running.begins, stride.last(most), most)
             if passes > 1:
                 running.stride, running.passes = stride, passes
                 running.ends = running.begins + stride.seconds(passes)
 
-    def _shorten(self, now: float) -> None:
-        """Something joins those that wait: of several passes, the one that is under way is the
-        last."""
+    def _shorten(self, now: float, newcomer: Sequence | None = None) -> None:
+        """Somebody is here who can run: of several passes, the one that is under way is the last,
+        or a later one if it is a newcomer whose turn has not come."""
         running = self._pass
-        if running is not None and running.stride is not None:
-            running.passes = running.stride.begun_by(now - running.begins)
-            running.ends = running.begins + running.stride.seconds(running.passes)
+        if running is None or running.stride is None:
+            return
+        stride, passes = running.stride, 1
+        if newcomer is not None:
+            passes = self.scheduler.stride_before(
+                running.plan, newcomer, running.begins, stride.last(running.passes), running.passes
+            )
+        if passes < running.passes:
+            running.passes = max(passes, stride.begun_by(now - running.begins))
+            running.ends = running.begins + stride.seconds(running.passes)
+
+    def _has_plenty(self, job: Job) -> bool:
+        """Whether a reservation takes nothing that the passes of a stride could want: then it is
+        the same now as at the boundary before the pass that is under way."""
+        running, spec = self._pass, self.spec
+        if running is None or running.stride is None:
+            return True
+        if spec.rules.admission != "paged" or self.scheduler.swaps:
+            return False
+        wanted = len(running.plan.chunks) * spec.capacity.blocks_for(running.passes)
+        wanted += spec.capacity.max_sequences  # what is left over for those that run
+        wanted += spec.capacity.blocks_for(job.prompt_tokens + 1)
+        return wanted <= self.scheduler.free_blocks
 
     def _catch_up(self, now: float) -> None:
         """Something asks for blocks: of several passes, those before the one that is under way
@@ -231,22 +258,29 @@ class SimulatedWorker:
         over = stride.begun_by(now - running.begins) - 1
         boundary = running.begins + stride.seconds(over)
         if over:
-            self._apply_stride(running, stride, over, boundary)
-            plan = self.scheduler.plan(boundary)
-            if plan is None or len(plan.chunks) != len(running.plan.chunks):
-                raise RuntimeError("a stride went on for longer than its plan holds")
-            running.plan = plan
-            running.result = self.executor.execute(plan, boundary)
-        running.begins, running.ends = boundary, boundary + running.result.seconds
-        running.stride, running.passes = None, 1
+            seconds = stride.seconds(over)
+            plan = self.scheduler.advance(running.plan, over, PLAIN, seconds, boundary)
+            self._count(over, seconds, over * len(plan.chunks))
+            self._note_times(running, over)
+            self._pass = self._run(plan, boundary)
+        else:
+            running.ends = boundary + stride.seconds(1)
+            running.stride, running.passes = None, 1
 
     def _apply_stride(self, done: _Pass, stride: Stride, passes: int, now: float) -> list[Served]:
         plan, seconds = done.plan, stride.seconds(passes)
-        last = self.executor.after(plan, passes)
+        last = self.executor.after(plan, passes) if passes >= done.ending else None
         events = self.scheduler.apply_stride(plan, passes, PLAIN, seconds, now, last)
         self._count(passes, seconds, passes * len(plan.chunks))
-        kept = self._keep_token_times
-        return self._outputs(events, stride.ends(done.begins, passes) if kept else [now])
+        self._note_times(done, passes)
+        return self._ended(events, now)
+
+    def _note_times(self, done: _Pass, passes: int) -> None:
+        """Every sequence of a stride has got a token in each of so many passes."""
+        if self._keep_token_times and done.stride is not None:
+            times = done.stride.ends(done.begins, passes)
+            for chunk in done.plan.chunks:
+                self._note(self._live[chunk.sequence.request.id], times)
 
     # -- Books -----------------------------------------------------------------------------
 

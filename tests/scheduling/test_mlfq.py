@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -149,21 +150,35 @@ def test_next_run_never_says_that_a_worse_rank_runs_earlier(levels: list[int], s
     assert times[:slots] == [0.0] * min(slots, len(ranked))
 
 
-def test_steady_ends_with_the_first_quantum() -> None:
-    policy = skip_join()
+def test_steady_ends_when_one_of_the_chosen_has_sunk_below_one_that_waits() -> None:
+    policy = skip_join(replace(MLFQ, promote_after=math.inf))
     chosen = [start(policy, Job(0, 1, 99, level=n), id=str(n)) for n in (1, 2)]
     policy.charge(chosen[0], 0.5, now=0.0)
-    assert policy.steady(chosen, [], now=0.0) == 1.5
+    late = start(policy, Job(0, 1, 99, level=2), id="late")
+    early = start(policy, Job(0, 1, 99, level=2), id="0 early")
+
+    def steady(*others: Sequence) -> float:
+        return policy.steady(chosen[:1], others, 0.0, pass_seconds=0.1)
+
+    assert steady(late) == 2.0 - 0.5 + 4.0  # one that comes after it there
+    assert steady(early) == 2.0 - 0.5
+    assert steady(early, late) == 2.0 - 0.5
+    assert steady() == math.inf
+    assert policy.steady(chosen, [late], 0.0, pass_seconds=0.1) == 4.0
+
+
+def test_steady_looks_past_those_that_wait_although_they_come_first() -> None:
+    policy = skip_join(replace(MLFQ, promote_after=math.inf))
+    stuck = start(policy, Job(0, 1, 99, level=0), id="stuck")
+    chosen = start(policy, Job(0, 1, 99, level=1), id="chosen")
+    last = start(policy, Job(0, 1, 99, level=2), id="0 last")
+    assert policy.steady([chosen], [stuck], 0.0, pass_seconds=0.1) == math.inf
+    assert policy.steady([chosen], [stuck, last], 0.0, pass_seconds=0.1) == 2.0
 
 
 def test_steady_ends_when_one_that_waits_may_be_promoted() -> None:
     policy = skip_join()
     chosen, other = start(policy, Job(0, 1, 99, level=2)), start(policy, Job(0, 1, 9, level=3))
     policy.charge(chosen, 0.5, now=8.0)
-    assert policy.steady([chosen], [], now=8.0) == 3.5
-    assert policy.steady([chosen], [other], now=8.0) == 2.0
-
-
-def test_the_last_level_is_steady_for_ever() -> None:
-    policy = skip_join()
-    assert policy.steady([start(policy, Job(0, 1, 99, level=3))], [], now=0.0) == math.inf
+    assert policy.steady([chosen], [], 8.0, pass_seconds=0.1) == math.inf
+    assert policy.steady([chosen], [other], 8.0, pass_seconds=0.1) == 2.0

@@ -101,7 +101,7 @@ def test_the_configuration_names_a_policy_and_its_rules() -> None:
 def test_fcfs_is_steady_for_ever_and_next_run_goes_by_position() -> None:
     policy = make_policy("fcfs")
     sequences = [sequence(str(i), float(i)) for i in range(4)]
-    assert policy.steady(sequences[:2], sequences[2:], now=9.0) == math.inf
+    assert policy.steady(sequences[:2], sequences[2:], now=9.0, pass_seconds=1.0) == math.inf
     assert policy.next_run(sequences, 2, now=9.0) == [0.0, 0.0, 1.0, 2.0]
 
 

@@ -137,7 +137,10 @@ def test_next_run_is_when_it_counts_as_starved_if_that_is_sooner() -> None:
     assert policy.next_run(ranked, 1, now=1.5) == [0.0, 0.5]
 
 
-def test_steady_ends_before_a_level_changes() -> None:
-    policy = predicted()
-    s = start(policy, Job(0, 1, 500, 100))
-    assert 1.9 < policy.steady([s], [], now=0.0) < 2.0
+def test_steady_ends_before_one_that_outlives_its_estimate_falls_behind() -> None:
+    policy = predicted(aging=0.0)
+    liar = start(policy, Job(0, 1, 500, 10), id="liar")
+    honest = start(policy, Job(0, 1, 500, 50), id="honest")
+    assert policy.steady([liar], [], 0.0, pass_seconds=1.0) == 0.0  # has not looked at the load
+    policy.promote([liar, honest], now=0.0)
+    assert policy.steady([liar], [honest], 0.0, pass_seconds=1e-6) * 1e6 == pytest.approx(200)

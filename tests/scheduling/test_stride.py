@@ -20,8 +20,6 @@ from scheduling.rules import Rules
 SECONDS = 1 / 64  # of a pass; sums of it are exact
 TOKEN = 7
 POLICIES = ["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt", "srpt-oracle"]
-EXACT = ["fcfs", "mlfq", "skip-join-mlfq", "srpt-oracle"]
-"""The others adapt to the load, and look at it now and then: whenever there is a plan."""
 
 
 def result_of(plan: StepPlan) -> StepResult:
@@ -155,7 +153,7 @@ def serve_both(
     return slow, fast
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=15, deadline=None)
 @given(setup=setups(), seed=st.integers(0, 10_000), quantum=st.sampled_from([1, 3, 8]))
 def test_strides_change_nothing_but_the_number_of_plans(name, setup, seed, quantum) -> None:
@@ -186,7 +184,7 @@ def test_a_batch_that_nobody_disturbs_is_served_in_few_strides(name) -> None:
     scheduler = make_scheduler(capacity, Rules(), name, levels=4)
     fast = Run(scheduler, requests, strides=True).run()
     assert len(fast.finished) == 8
-    assert fast.plans < 30
+    assert fast.plans < 40
 
 
 def test_a_stride_ends_before_an_allotment_is_outgrown(capacity, make_request) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from scheduling.cost import CostTracker, LinearCost
 from scheduling.mlfq import Mlfq
-from scheduling.order import Policy, make_policy
+from scheduling.order import NAMES, Policy, make_policy
 from scheduling.plan import Capacity
 from scheduling.rules import Rules
 from scheduling.simulator.cluster import ClusterSpec, simulate_cluster
@@ -62,7 +62,7 @@ def _assert_alike(one: Outcome, other: Outcome) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("blocks", [120, 4000])
-@pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq", "srpt-oracle"])
+@pytest.mark.parametrize("policy", NAMES)
 def test_one_engine(policy: str, blocks: int, rules: Rules) -> None:
     jobs = make_jobs(LENGTHS, poisson(5.0), 60, seed=1, estimator=noisy(0.5))
     spec = _spec(policy, rules, blocks)
