@@ -38,8 +38,8 @@ VOCABULARY = 4096
 class ForcedLengths:
     """An executor whose outputs end at their jobs' true lengths.
 
-    A pass lasts as long as its thread had a processor, at the usual pace of the machine: what
-    other processes do to it does not count. Passes that wait for swaps are timed by the wall.
+    A pass lasts as long as its thread had a processor, at the pace of the machine at the start:
+    what other processes do to it does not count. Passes that wait for swaps are timed by the wall.
     """
 
     def __init__(self, inner: Executor, pace: Pace) -> None:

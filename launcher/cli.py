@@ -6,6 +6,7 @@ directory is wrong.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -251,6 +252,8 @@ def bench_engine(arguments: tuple[str, ...]) -> None:
 )
 def bench_policies(**options: Any) -> None:
     """Measure scheduling policies against each other: the experiments of docs/experiments.md."""
+    if importlib.util.find_spec("experiments") is None:
+        raise ConfigError("the experiments are part of the source tree only: not of the image")
     from experiments.command import Options, run
 
     run(Options(**options))
