@@ -16,7 +16,7 @@ class Phase(Enum):
     RUNNING = auto()  # holds blocks and may be in a batch
     LEAVING = auto()  # its KV is being copied to host blocks; holds both kinds; not schedulable
     SWAPPED = auto()  # its KV is in host blocks only
-    RETURNING = auto()  # its KV is being copied back; holds both kinds; not schedulable
+    RETURNING = auto()  # its KV is being copied back; in a batch only if the pass waits for that
     FINISHED = auto()  # holds nothing, never comes back
 
 

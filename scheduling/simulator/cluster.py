@@ -1,8 +1,8 @@
 """A whole cluster: the gateways' queue, prefill workers, KV on its way, decode workers.
 
-Every decision is made by the code that makes it in the workers and the gateway: their
-schedulers and routers. What is modelled here is time: passes by a cost model, KV transfers by
-bandwidth and latency. What the gateway does between them takes none.
+What runs where and when is decided by the workers' own schedulers and the gateway's routers. What
+is modelled here is the queue (queue.py) and time: passes by a cost model, KV transfers by bandwidth
+and latency. What the gateway does between them takes none.
 """
 
 from __future__ import annotations
