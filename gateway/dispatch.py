@@ -155,7 +155,7 @@ class Dispatcher:
         claim = session.claim
         await self._end_attempt(session)
         if session.claim == claim:  # else the queue has given it to the next worker meanwhile
-            await self._requeue(session, fault=False)
+            await self._requeue(session, fault=False, waits_anew=True)
 
     async def _end_attempt(self, session: Session) -> None:
         if (attempt := self._attempts.get(session.id)) is not None:
@@ -171,10 +171,10 @@ class Dispatcher:
             await Attempt(session, claim, workers, self._queue).run()
         except WorkerBusy as error:
             log.debug("request %s: %s", session.id, error)
-            await self._requeue(session, fault=False)
+            await self._requeue(session, fault=False, waits_anew=False)
         except WorkerFailed as error:
             log.warning("request %s, attempt %d: %s", session.id, claim.attempt, error)
-            await self._requeue(session, fault=True)
+            await self._requeue(session, fault=True, waits_anew=True)
         except BatonError as error:
             session.fail(error)
         except Exception as error:
@@ -185,8 +185,9 @@ class Dispatcher:
                 del self._attempts[session.id]
             self.wake()
 
-    async def _requeue(self, session: Session, *, fault: bool) -> None:
-        """Back into the queue with what it has; the end after too many attempts."""
+    async def _requeue(self, session: Session, *, fault: bool, waits_anew: bool) -> None:
+        """Back into the queue with what it has; the end after too many attempts. `waits_anew` as
+        in Sessions.requeued."""
         claim = session.claim
         if session.over or claim is None:
             return
@@ -202,7 +203,7 @@ class Dispatcher:
                 # Also when the claim was stale: then the queue has put it back by itself, and may
                 # have given it to the next worker.
                 if session.claim == claim:
-                    self._sessions.requeued(session, fault=fault)
+                    self._sessions.requeued(session, waits_anew=waits_anew)
                 return
         session.fail(Unavailable("the worker failed and the queue cannot be reached"))
 

@@ -125,15 +125,15 @@ class Sessions:
         self._waiting.discard(session.id)
         session.claim, session.level, session.worker_id = claimed.claim, claimed.level, worker_id
 
-    def requeued(self, session: Session, *, fault: bool) -> None:
-        """A worker gave it up. After a fault it may wait as long as a new request; a busy worker
-        does not prolong its wait."""
+    def requeued(self, session: Session, *, waits_anew: bool) -> None:
+        """A worker gave it up, or lost it. Then it may wait as long as a new request, however long
+        it was served; but a worker that was merely busy does not prolong the wait."""
         if session.over:
             return
         session.claim = session.worker_id = None
         if session.state is not State.QUEUED:
             session.move(State.QUEUED)
-        self._wait(session, restart=fault)
+        self._wait(session, restart=waits_anew)
 
     def disown(self, request_id: str) -> None:
         """The queue thinks that a request of ours lives, which does not."""

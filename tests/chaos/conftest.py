@@ -107,7 +107,8 @@ class Parts:
             argv += [f"--address={address}", f"--metrics-address={metrics}"]
             argv += [f"--model={demo_model.path()}", "--model-name=demo"]
             if kind == "gateway":
-                argv += [f"--gateway-id={name}"]
+                # A worker may take long to start when nobody else is there.
+                argv += [f"--gateway-id={name}", f"--queue-timeout={SECONDS}"]
             else:
                 argv += [f"--worker-id={name}", f"--worker-ttl={WORKER_TTL}", "--threads=1"]
                 # float32, so that recomputed KV gives the same tokens

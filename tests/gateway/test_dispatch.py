@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from baton.config import GatewayConfig
+from baton.errors import Overloaded
 from baton.types import Claim, Request, Sampling, Stopping
 from gateway.dispatch import Dispatcher
 from gateway.job import Job
@@ -70,6 +71,23 @@ async def test_a_request_that_waits_again_has_no_claim(rig):
     queue.answer.set()
     await dispatcher.take_back(session)
     assert (session.state, session.claim, sessions.waiting) == (State.QUEUED, None, 1)
+
+
+async def test_a_request_whose_worker_died_waits_as_long_as_a_new_one(rig):
+    queue, dispatcher, sessions, session = rig
+    queue.answer.set()
+    session.move(State.PREFILLING)
+    session.move(State.DECODING)
+    session.waiting_since -= 100.0  # it has been served for longer than it may wait
+    await dispatcher.take_back(session)
+    assert (session.state, session.error, sessions.waiting) == (State.QUEUED, None, 1)
+
+
+async def test_a_busy_worker_does_not_prolong_the_wait(rig):
+    _, _, sessions, session = rig
+    session.waiting_since -= 100.0
+    sessions.requeued(session, waits_anew=False)
+    assert isinstance(session.error, Overloaded)
 
 
 async def test_a_late_answer_does_not_take_a_request_from_its_next_worker(rig):
