@@ -21,7 +21,9 @@ from baton.errors import ModelError
 
 FILE = "baton_lengths.json"
 MAX_FRAME = 1 << 20
-_ENDS = 2000  # characters of a long text that are looked at, from each end
+CLIPPED = 2000
+"""Characters of a long text that are looked at, from each end."""
+
 _LENGTH = struct.Struct("<I")
 
 Message = dict[str, Any]
@@ -47,7 +49,7 @@ def write_edges(directory: Path, edges: tuple[int, ...]) -> None:
 
 def clipped(text: str) -> str:
     """What a classifier looks at: all of a short text, both ends of a long one."""
-    return text if len(text) <= 2 * _ENDS else f"{text[:_ENDS]}\n{text[-_ENDS:]}"
+    return text if len(text) <= 2 * CLIPPED else f"{text[:CLIPPED]}\n{text[-CLIPPED:]}"
 
 
 def frame(message: Message) -> bytes:

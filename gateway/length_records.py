@@ -54,7 +54,7 @@ class LengthRecords:
         if lines:
             try:
                 await asyncio.to_thread(_append, self._path, "".join(lines))
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: no text that can be written
                 log.warning("%s: %d records lost: %s", self._path, len(lines), error)
 
 

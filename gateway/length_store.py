@@ -41,10 +41,12 @@ class LengthStore:
 
     def load(self) -> None:
         """Begin with what the file holds, if it can be used."""
-        if self._file is None or not self._file.exists():
+        if self._file is None:
             return
         try:
             self._predictor.state = self._predictor.from_bytes(self._file.read_bytes())
+        except FileNotFoundError:
+            return  # the first start
         except (OSError, StateError) as error:
             log.warning("%s: not used: %s", self._file, error)
             return
@@ -61,6 +63,8 @@ class LengthStore:
                 await self.exchange()
             except (QueueError, Overloaded) as error:
                 log.debug("what was learnt about lengths is not shared: %s", error)
+            except Exception:
+                log.exception("what was learnt about lengths is not shared")
             turn += 1
             if turn % SAVE_EVERY == 0:
                 await self.save()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from baton.config import GatewayConfig
+from baton.length_classifier import CLIPPED, clipped
 from baton.types import FinishReason, LengthEstimate, Request
 from gateway.job import Job
 from gateway.length_process import LengthProcess
@@ -61,10 +62,18 @@ class Lengths:
         most = request.stopping.max_tokens
         if _runs_to_the_end(job):
             return replace(job, request=replace(request, estimate=LengthEstimate(most, most)))
-        prediction = self._predictor.predict(request.prompt_ids, most)
+        try:
+            return await self._told(job)
+        except Exception:  # a request can do without
+            log.exception("the length of request %s is not predicted", request.id)
+            return job
+
+    async def _told(self, job: Job) -> Job:
+        request = job.request
+        prediction = self._predictor.predict(request.prompt_ids, request.stopping.max_tokens)
         source = "online" if prediction.ripe else "none"
         if self._classifier is not None and self._classifier.ready:
-            text = self._decode(request.prompt_ids)
+            text = self._text(request)
             found = await self._classifier.probabilities(text, self._timeout)
             if found is not None:
                 try:
@@ -78,9 +87,15 @@ class Lengths:
         return replace(job, request=request, prediction=prediction)
 
     def ended(self, session: Session) -> None:
-        """Learn from a request that is over, sequence by sequence."""
+        """Learn from a request that is over, sequence by sequence. Never raises."""
+        try:
+            self._learn(session)
+        except Exception:
+            log.exception("nothing is learnt from request %s", session.id)
+
+    def _learn(self, session: Session) -> None:
         job = session.job
-        text = self._decode(job.request.prompt_ids) if self._records else ""
+        text = self._text(job.request) if self._records else ""
         for output in session.outputs:
             tokens, ending = len(output.token_ids), output.ending
             if job.prediction is not None:
@@ -90,6 +105,13 @@ class Lengths:
                     self._predictor.learn_cut(job.prediction, tokens)
             if self._records is not None:
                 self._records.add(job, text, ending, tokens)
+
+    def _text(self, request: Request) -> str:
+        """What a classifier looks at of the prompt, in a time that does not grow with it."""
+        ids = request.prompt_ids
+        if len(ids) <= 2 * CLIPPED:
+            return clipped(self._decode(ids))
+        return clipped(f"{self._decode(ids[:CLIPPED])}\n{self._decode(ids[-CLIPPED:])}")
 
     def report(self) -> LengthReport | None:
         """How good recent predictions were, of all gateways of the pool."""

@@ -29,6 +29,10 @@ while head := sys.stdin.buffer.read(4):
         case "die": sys.exit(3)
         case "hang": time.sleep(3600)
         case "nonsense": print("nonsense" * 10, flush=True)
+        case "nobody": say({"id": 999, "probabilities": [0.5, 0.5]})
+        case "nothing": say({"id": message["id"], "probabilities": None})
+        case "no id": say({"id": [], "probabilities": [0.5, 0.5]})
+        case "list": say([1, 2])
         case text: say({"id": message["id"], "probabilities": [0.25, len(text)]})
 """
 
@@ -70,10 +74,13 @@ async def test_a_process_that_dies_is_started_again(tmp_path, eventually) -> Non
         assert await process.probabilities("ab", 5.0) == [0.25, 2.0]
 
 
-async def test_a_process_that_talks_nonsense_is_started_again(tmp_path, eventually) -> None:
+@pytest.mark.parametrize("nonsense", ["nonsense", "nobody", "nothing", "no id", "list"])
+async def test_a_process_that_talks_nonsense_is_started_again(
+    tmp_path, eventually, nonsense
+) -> None:
     async with running(tmp_path) as process:
         await eventually(lambda: process.ready)
-        assert await process.probabilities("nonsense", 5.0) is None
+        assert await process.probabilities(nonsense, 5.0) is None
         await eventually(lambda: process.starts == 2 and process.ready)
 
 

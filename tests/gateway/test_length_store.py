@@ -222,6 +222,12 @@ async def test_a_file_that_cannot_be_used_is_left_out(
     file.write_bytes(b"nonsense")
     assert Node(None, file).seen == 0
     assert "not used" in caplog.text
+    caplog.clear()
+    assert Node(None, file / "below a file").seen == 0
+    assert "not used" in caplog.text
+    caplog.clear()
+    assert Node(None, tmp_path / "nothing yet").seen == 0
+    assert not caplog.text
 
 
 async def test_a_file_that_cannot_be_written_harms_nothing(

@@ -12,12 +12,13 @@ from prometheus_client import CollectorRegistry
 
 from baton.config import GatewayConfig
 from baton.errors import ModelError
+from baton.length_classifier import CLIPPED
 from baton.types import FinishReason, LengthEstimate, Output, Request, Sampling, Stopping
 from gateway.job import Job
 from gateway.length_process import LengthProcess
 from gateway.length_records import LengthRecords
 from gateway.length_store import LengthStore
-from gateway.lengths import Lengths, open_lengths
+from gateway.lengths import Decode, Lengths, open_lengths
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import load_facts
 from gateway.session import Session
@@ -40,7 +41,12 @@ class Bench:
     """A `Lengths` without Redis, and sessions that end as told."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, records: Path | None = None, classifier: object = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        records: Path | None = None,
+        classifier: object = None,
+        decode: Decode | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.registry = CollectorRegistry()
@@ -49,7 +55,7 @@ class Bench:
         self.lengths = Lengths(
             self.predictor,
             LengthStore(self.predictor, None, None),
-            tokenizer.decode,
+            decode or tokenizer.decode,
             GatewayMetrics(self.registry),
             classifier=classifier,  # type: ignore[arg-type]
             records=self.records,
@@ -129,6 +135,47 @@ async def test_an_output_that_was_cut_counts_as_longer(
     estimate = (await bench.lengths.predicted(job((99,)))).request.estimate
     assert estimate is not None
     assert estimate.tokens > 40
+
+
+async def test_a_predictor_that_fails_costs_no_request(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    predicted = await bench.lengths.predicted(job())
+    for name in ("predict", "learn"):
+        monkeypatch.setattr(bench.predictor, name, fail)
+    bench.end(predicted, 12, FinishReason.STOP)
+    served = await bench.serve(job(), 12, FinishReason.STOP)
+    assert served.request.estimate is None
+    assert "is not predicted" in caplog.text
+    assert "nothing is learnt" in caplog.text
+
+
+async def test_of_a_huge_prompt_only_the_ends_are_looked_at(tokenizer: Tokenizer) -> None:
+    decoded: list[int] = []
+    asked: list[str] = []
+
+    class Classifier:
+        ready = True
+
+        async def probabilities(self, text: str, seconds: float) -> list[float]:
+            asked.append(text)
+            return [0.0, 0.0, 1.0, 0.0]
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return tokenizer.decode(ids)
+
+    bench = Bench(tokenizer, classifier=Classifier(), decode=decode)
+    short = tokenizer.encode("hello")
+    huge = (*short, *[tokenizer.encode("x")[0]] * 1_000_000, *short)
+    await bench.lengths.predicted(job(huge))
+    assert sum(decoded) == 2 * CLIPPED
+    assert asked[0].startswith("hello")
+    assert asked[0].endswith("hello")
+    assert len(asked[0]) <= 2 * CLIPPED + 1
 
 
 async def test_a_request_that_never_began_teaches_nothing(bench: Bench) -> None:

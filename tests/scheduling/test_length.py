@@ -191,7 +191,8 @@ def test_what_are_no_probabilities_of_the_buckets_is_refused() -> None:
     predictor = LengthPredictor(SETTINGS)
     prediction = predictor.predict((1, 2, 3), MAX_TOKENS)
     count = len(SETTINGS.buckets)
-    for wrong in ([1.0], [0.0] * count, [-1.0] * count, [float("nan")] * count):
+    numbers = (0.0, -1.0, float("nan"), float("inf"), 1e308)
+    for wrong in ([1.0], *([number] * count for number in numbers)):
         with pytest.raises(ValueError, match="not the probabilities"):
             predictor.adopted(prediction, wrong)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +68,23 @@ def test_bytes_of_another_setup_or_format_are_refused() -> None:
         LengthPredictor(SETTINGS).from_bytes(data[:4] + b"\x63\x00" + data[6:])
     with pytest.raises(StateError):
         LengthPredictor(SETTINGS).from_bytes(b"")
+
+
+@pytest.mark.parametrize("seen", ["Infinity", "NaN", "-1", "null", "[]"])
+def test_a_count_that_makes_no_sense_is_refused(seen: str) -> None:
+    data = taught(count=20).to_bytes()
+    (size,) = struct.unpack_from("<I", data, 6)
+    header = data[10 : 10 + size].replace(b'"seen": 20', f'"seen": {seen}'.encode())
+    changed = data[:6] + struct.pack("<I", len(header)) + header + data[10 + size :]
+    with pytest.raises(StateError):
+        LengthPredictor(SETTINGS).from_bytes(changed)
+
+
+def test_counts_below_zero_are_refused() -> None:
+    predictor = taught(count=20)
+    predictor.state.tallies[0] = -1.0
+    with pytest.raises(StateError):
+        predictor.from_bytes(predictor.to_bytes())
 
 
 @settings(max_examples=60, deadline=None)
