@@ -28,6 +28,7 @@ async def test_tokens_are_right_while_kv_goes_to_the_host_and_back(
         dtype="float32",
         decode_settings={
             "kv_blocks": 24,
+            "admission": "paged",
             "preemption": "swap",
             "swapping": swapping,
             "host_kv_memory": 2**18,
