@@ -44,8 +44,6 @@ class PredictedSrpt(PreemptivePolicy):
         self._knob = aging
         self.aging = min(AGING * aging, MOST_AGING)
         """How many seconds of predicted work a second of age makes up for, at this load."""
-        self._age: float | None = None  # running mean, over time, of the mean age
-        self._tuned_at = -math.inf
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Keep the level that the sequence had sunk to elsewhere."""
@@ -86,21 +84,12 @@ class PredictedSrpt(PreemptivePolicy):
     # -- The load --------------------------------------------------------------------------
 
     def _retune(self, sequences: Collection[Sequence], now: float) -> bool:
-        service = self._work.mean_seconds
         changed = super()._retune(sequences, now)
-        return self._follow_ages(sequences, service, now) or changed
-
-    def _follow_ages(self, sequences: Collection[Sequence], service: float, now: float) -> bool:
-        """True if the factor has changed. The mean age is smoothed over a service time."""
-        if not self._knob or not sequences or service <= 0:
-            return False
-        age = sum(now - s.arrived_at for s in sequences) / len(sequences)
-        if self._age is not None:
-            age = self._age + (age - self._age) * -math.expm1((self._tuned_at - now) / service)
-        self._age, self._tuned_at = age, now
-        factor = aging_factor(self._knob, service, age)
+        if not self._knob or self._age is None:
+            return changed
+        factor = aging_factor(self._knob, self._work.mean_seconds, self._age)
         if abs(factor - self.aging) <= _DRIFT * self.aging:
-            return False
+            return changed
         self.aging = factor
         return True
 

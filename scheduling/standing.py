@@ -2,19 +2,23 @@
 
 Within a priority class:
 
-    STARVED    has waited `promote_after` seconds without running. It comes first until it has had
-               a quantum, the longest wait before others, and is ordinary again.
+    STARVED    has waited for longer than the patience without running. It comes first until it has
+               had a quantum, the longest wait before others, and is ordinary again.
     URGENT     has a deadline that it would miss if it waited much longer, and can still make it,
                as far as its length is predicted well. The earliest deadline first.
     ORDINARY   in the policy's own order.
 
+The patience is `promote_after` seconds, or three times the mean age of those that are here (but the
+oldest) if that is more, and at most 60 times `promote_after`. Under overload everybody waits for
+long, and to lift everybody in turn is to serve all at once, with the KV of all in memory.
+
 So starvation is bounded for any traffic: of N sequences of a class, with no higher class wanting
 service, one that can be given memory is in a batch of B at the latest
 
-    promote_after + SCAN_PAUSE + (N / B + 1) * (quantum + one pass)
+    patience + SCAN_PAUSE + (N / B + 1) * (quantum + one pass)
 
-seconds after it was there last: only those that have waited longer go before it, and each of them
-gives way when it has had its quantum.
+seconds (of the largest patience meanwhile) after it was there last: only those that have waited
+longer go before it, and each of them gives way when it has had its quantum.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ from scheduling.sequence import Rank, Sequence, Standing
 SCAN_PAUSE = 0.1
 """Seconds between two looks at all sequences for the starved and the urgent."""
 
+MOST_PATIENCE = 60.0
+"""Times `promote_after`: the longest patience."""
+
+_PATIENCE = 3.0  # mean ages
 _RETUNES = 16  # per mean service time
 _TIGHT = 0.5  # urgent: with less slack than this share of the remaining time
 
@@ -43,6 +51,11 @@ class PreemptivePolicy:
         """`promote_after` infinite: nobody counts as starved. Both in seconds."""
         self._work = work
         self._promote_after = promote_after
+        self.patience = promote_after
+        """Seconds without service after which a sequence counts as starved, at this load."""
+        self._age: float | None = None  # running mean, over time, of the mean age
+        self._others_age = 0.0  # the same, without the oldest
+        self._aged_at = -math.inf
         self._quantum = quantum
         self._starves_at = math.inf  # nobody does before
         self._turns_at = math.inf  # nobody turns urgent, or too late, before
@@ -60,7 +73,25 @@ class PreemptivePolicy:
 
     def _retune(self, sequences: Collection[Sequence], now: float) -> bool:
         """Follow what is measured; returns whether all measures have changed with it."""
+        service = self._work.mean_seconds
+        if sequences and service > 0:
+            self._follow_ages(sequences, service, now)
         return self._work.measure(sequences)
+
+    def _follow_ages(self, sequences: Collection[Sequence], service: float, now: float) -> None:
+        """Mean ages are smoothed over a service time."""
+        ages = [now - s.arrived_at for s in sequences]
+        total = sum(ages)
+        weight = 1.0 if self._age is None else -math.expm1((self._aged_at - now) / service)
+        others = (total - max(ages)) / max(1, len(ages) - 1)
+        self._others_age += weight * (others - self._others_age)
+        self._age = (self._age or 0.0) + weight * (total / len(ages) - (self._age or 0.0))
+        self._aged_at = now
+        most = MOST_PATIENCE * self._promote_after
+        patience = min(max(self._promote_after, _PATIENCE * self._others_age), most)
+        if patience < self.patience:
+            self._starves_at -= self.patience - patience
+        self.patience = patience
 
     def _until_behind(self, sequence: Sequence, other: Sequence, pass_seconds: float) -> float:
         """Seconds of service until this ordinary sequence may fall behind `other`, an ordinary one
@@ -74,7 +105,7 @@ class PreemptivePolicy:
         sequence.waiting_since = now
         sequence.rank = None
         self._work.join(sequence)
-        self._starves_at = min(self._starves_at, now + self._promote_after)
+        self._starves_at = min(self._starves_at, now + self.patience)
         if sequence.request.deadline is not None:
             turns = self._turns_urgent(sequence, sequence.request.deadline)
             self._turns_at = min(self._turns_at, turns)
@@ -121,7 +152,7 @@ class PreemptivePolicy:
 
     def lifted_in(self, sequence: Sequence, now: float) -> float:
         """Seconds until it counts as starved, if it does not run before."""
-        return max(0.0, sequence.waiting_since + self._promote_after - now)
+        return max(0.0, sequence.waiting_since + self.patience - now)
 
     def steady(
         self,
@@ -151,14 +182,14 @@ class PreemptivePolicy:
         return max(0.0, seconds)
 
     def _look_again_at(self) -> float:
-        """When the measures of all may change without any service."""
-        return math.inf
+        """When measures, or the patience, may change without any service."""
+        return self._retune_at if self._promote_after < math.inf else math.inf
 
     # -- Standings -------------------------------------------------------------------------
 
     def _find_starved(self, sequences: Iterable[Sequence], now: float) -> float:
         """Returns when the next one starves that does not run."""
-        latest = now - self._promote_after
+        latest = now - self.patience
         longest = math.inf
         for sequence in sequences:
             if sequence.standing is Standing.STARVED:
@@ -168,7 +199,7 @@ class PreemptivePolicy:
                 self._stand(sequence, Standing.STARVED)
             elif sequence.waiting_since < longest:
                 longest = sequence.waiting_since
-        return longest + self._promote_after
+        return longest + self.patience
 
     def _heed_deadlines(self, sequences: Iterable[Sequence], now: float) -> float:
         """Returns when to look again: predictions change, so not too late."""

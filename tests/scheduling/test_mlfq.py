@@ -180,5 +180,6 @@ def test_steady_ends_when_one_that_waits_may_be_promoted() -> None:
     policy = skip_join()
     chosen, other = start(policy, Job(0, 1, 99, level=2)), start(policy, Job(0, 1, 9, level=3))
     policy.charge(chosen, 0.5, now=8.0)
-    assert policy.steady([chosen], [], 8.0, pass_seconds=0.1) == math.inf
-    assert policy.steady([chosen], [other], 8.0, pass_seconds=0.1) == 2.0
+    assert policy.steady([chosen], [other], 8.0, pass_seconds=0.1) == 0.0  # looks at the load
+    policy.promote([chosen, other], now=8.0)
+    assert 0.0 < policy.steady([chosen], [other], 8.0, pass_seconds=0.1) <= 2.0

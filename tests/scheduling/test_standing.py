@@ -12,7 +12,7 @@ from scheduling.cost import CostTracker, LinearCost
 from scheduling.mlfq import Mlfq
 from scheduling.order import make_policy
 from scheduling.sequence import Sequence, Standing
-from scheduling.standing import SCAN_PAUSE, PreemptivePolicy
+from scheduling.standing import MOST_PATIENCE, SCAN_PAUSE, PreemptivePolicy
 from tests.scheduling.serving import Job, advance, serve, start, work_of
 
 COST = LinearCost(base=0.02, per_token=0.001, per_sequence=0.002)
@@ -48,10 +48,13 @@ def adversaries(draw: st.DrawFn) -> list[Job]:
 def test_nobody_waits_longer_than_the_bound_whatever_newcomers_do(
     name: str, jobs: list[Job], slots: int, aging: float
 ) -> None:
-    policy = policy_of(name, promote_after=2.0, aging=aging)
-    served = serve(policy, jobs, COST, slots=slots)
+    promote_after = 0.2  # so that the most patience is often reached, too
+    policy = policy_of(name, promote_after=promote_after, aging=aging)
+    seen = [promote_after]
+    served = serve(policy, jobs, COST, slots=slots, watch=lambda *_: seen.append(policy.patience))
+    assert promote_after <= min(seen) <= max(seen) <= MOST_PATIENCE * promote_after
     rounds = served.most_waiting / slots + 1
-    bound = 2.0 + SCAN_PAUSE + rounds * (0.05 + served.longest_pass) + served.longest_pass
+    bound = max(seen) + SCAN_PAUSE + rounds * (0.05 + served.longest_pass) + served.longest_pass
     assert len(served.finished) == len(jobs)
     assert served.longest_wait <= bound
 
@@ -159,3 +162,22 @@ def test_a_steady_stretch_does_not_change_the_chosen(name: str, data: st.DataObj
         live = [s for s in live if s.generated < 400]
         if not live:
             break
+
+
+@pytest.mark.parametrize("name", PREEMPTIVE)
+def test_where_everybody_has_waited_for_long_nobody_counts_as_starved_for_that(name: str) -> None:
+    policy = policy_of(name)
+    crowd = [start(policy, Job(0, 1, 100, 100), id=str(i)) for i in range(9)]
+    policy.promote(crowd, now=10.0)
+    assert policy.patience == 30.0
+    assert {s.standing for s in crowd} == {Standing.ORDINARY}
+
+
+@pytest.mark.parametrize("name", PREEMPTIVE)
+def test_one_that_others_overtake_does_not_make_itself_wait_longer(name: str) -> None:
+    policy = policy_of(name)
+    old = start(policy, Job(0, 1, 100, 100), id="old")
+    young = start(policy, Job(0, 1, 100, 100), now=9.9, id="young")
+    policy.promote([old, young], now=10.0)
+    assert policy.patience == 2.0
+    assert old.standing is Standing.STARVED
