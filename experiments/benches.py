@@ -59,7 +59,7 @@ def _simulated(run: Run) -> Bench:
     )
     engine = SimulatedEngine(OPT_13B_ON_A100, capacity)
     return Bench(
-        engine, _sharegpt(SHAREGPT, 32_000), 1.0, run.sized(1500, 300), run.sized(8000, 2000)
+        engine, _sharegpt(SHAREGPT, 32_000), 1.0, run.sized(3000, 300), run.sized(8000, 2000)
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from baton.config import SchedulingConfig
 from experiments.benches import Bench
 from experiments.engines import MakePolicy
 from experiments.experiment import Run
@@ -83,6 +84,7 @@ def named(
 
 
 _PROMOTE_AFTER = 3.0  # seconds, as in FastServe's artifact
+_SHIPPED_PROMOTE_AFTER: float = SchedulingConfig.model_fields["mlfq_promote_after"].default
 
 UNPREDICTED = (
     Order(FCFS, named("fcfs")),
@@ -96,8 +98,9 @@ BOUND = Order(ORACLE, named("srpt-oracle"), estimated(oracle))
 
 
 def predicted(aging: float = 1.0, feed: Feed = learned, label: str = LEARNED) -> Order:
-    """Predicted SRPT with a value of its knob."""
-    return Order(label, named("predicted-srpt", aging=aging), feed)
+    """Predicted SRPT with a value of its knob, and promotion as Baton ships it."""
+    order = named("predicted-srpt", promote_after=_SHIPPED_PROMOTE_AFTER, aging=aging)
+    return Order(label, order, feed)
 
 
 ORDERS = (*UNPREDICTED, predicted(), BOUND)
