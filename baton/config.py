@@ -74,9 +74,11 @@ class ProcessConfig(BaseSettings):
 class SchedulingConfig(ProcessConfig):
     """What the gateway and the workers must agree on: the same levels and quanta."""
 
-    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(5, description="MLFQ levels")
-    mlfq_quantum: Seconds = Field(0.05, description="quantum of level 0, in seconds")
-    mlfq_ratio: Annotated[float, Field(gt=1)] = Field(4.0, description="quantum growth per level")
+    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(16, description="MLFQ levels")
+    mlfq_quantum: Seconds = Field(
+        0.025, description="quantum of level 0, in seconds: about one pass"
+    )
+    mlfq_ratio: Annotated[float, Field(gt=1)] = Field(2.0, description="quantum growth per level")
     mlfq_promote_after: Seconds = Field(
         5.0, description="wait after which a request counts as starved and goes first"
     )

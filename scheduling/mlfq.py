@@ -27,9 +27,9 @@ class Mlfq:
     """The levels. `promote_after` is the wait, in seconds, after which a sequence is starved;
     infinite: never."""
 
-    levels: int = 5
-    quantum: float = 0.05
-    ratio: float = 4.0
+    levels: int = 16
+    quantum: float = 0.025
+    ratio: float = 2.0
     promote_after: float = 5.0
 
     def quantum_of(self, level: int) -> float:
@@ -59,6 +59,8 @@ class MlfqPolicy(PreemptivePolicy):
         self._mlfq = mlfq
         self._cost = cost
         self._quanta = [mlfq.quantum_of(level) for level in range(mlfq.levels)]
+        # The last level has no end: as if it had the quantum that would come next.
+        self._as_quanta = [mlfq.quantum * mlfq.ratio**level for level in range(mlfq.levels)]
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Join the first level, or the one that the sequence had sunk to elsewhere."""
@@ -70,19 +72,33 @@ class MlfqPolicy(PreemptivePolicy):
         """FastServe section 4.2: the earlier of promotion and execution. To be executed, a
         sequence waits until all before it have sunk to its level and those who came earlier have
         sunk out of it, `slots` at a time, none finishing before. O(sequences + levels)."""
-        ahead = _Ahead(self._mlfq)
+        ahead = 0.0  # seconds that all those before the next one get before it is their equal
+        priority: int | None = None
+        level = above = same = 0  # where the walk is, and the sequences passed
+        quanta, last = self._quanta, self._as_quanta
+        lifted_at = self.patience - now
         times = []
         for place, sequence in enumerate(ranked):
             ordinary = sequence.standing is Standing.ORDINARY
             if ordinary:
-                ahead.sink_to(sequence)
-            waits = min(ahead.seconds / slots, self.lifted_in(sequence, now))
+                if sequence.request.priority != priority:
+                    # How long higher classes take is not known: as if they stayed where they are.
+                    priority = sequence.request.priority
+                    level = above = same = 0
+                while level < sequence.level:
+                    ahead += above * quanta[level]
+                    above += same
+                    same = 0
+                    level += 1
+            waits = min(ahead / slots, max(0.0, sequence.waiting_since + lifted_at))
             times.append(0.0 if place < slots else waits)
-            if ordinary:
-                ahead.add(sequence)
+            if ordinary:  # it sinks out of its level
+                ahead += max(last[sequence.level] - sequence.served, 0.0)
+                same += 1
+            elif sequence.standing is Standing.STARVED:
+                ahead += sequence.credit
             else:
-                starved = sequence.standing is Standing.STARVED
-                ahead.seconds += sequence.credit if starved else self._work.seconds(sequence)
+                ahead += self._work.seconds(sequence)
         return times
 
     def _first_level(self, tokens: int) -> int:
@@ -110,33 +126,3 @@ class SkipJoinMlfq(MlfqPolicy):
 
     def _first_level(self, tokens: int) -> int:
         return self._mlfq.first_level(self._cost.model.first_iteration(tokens))
-
-
-class _Ahead:
-    """The service that a walk down the ranks has passed by: what all those before the next
-    sequence get before it is their equal."""
-
-    def __init__(self, mlfq: Mlfq) -> None:
-        self.seconds = 0.0
-        self._mlfq = mlfq
-        self._priority: int | None = None
-        self._level = self._above = self._same = 0  # where the walk is; sequences passed
-
-    def sink_to(self, sequence: Sequence) -> None:
-        """Those before it sink to its level. Higher classes are only counted down to where they
-        are now: how long they take is not known."""
-        if sequence.request.priority != self._priority:
-            self._priority = sequence.request.priority
-            self._level = self._above = self._same = 0
-        while self._level < sequence.level:
-            self.seconds += self._above * self._mlfq.quantum_of(self._level)
-            self._above += self._same
-            self._same = 0
-            self._level += 1
-
-    def add(self, sequence: Sequence) -> None:
-        """Walk past it: it sinks out of its level. The last one has no end: as if it had the
-        quantum that would come next."""
-        quantum = self._mlfq.quantum * self._mlfq.ratio**sequence.level
-        self.seconds += max(quantum - sequence.served, 0.0)
-        self._same += 1
