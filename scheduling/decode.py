@@ -23,7 +23,6 @@ Knows nothing of models, transports or gateways, and reads no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import replace
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
@@ -31,7 +30,7 @@ from baton.types import Finish, Load, Output, Request
 from scheduling.admission import longest_kv, require_fit
 from scheduling.budget import batching
 from scheduling.choosing import Chooser
-from scheduling.cost import CostTracker, StepRecord, Work
+from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import DecodeEvent, RequestFailed
 from scheduling.filling import Door
 from scheduling.group import Group
@@ -42,9 +41,6 @@ from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
-from scheduling.stride import passes_alike, passes_before
-
-_MANY = 1 << 30
 
 
 class DecodeScheduler:
@@ -254,93 +250,6 @@ class DecodeScheduler:
         for request_id in failed:
             self.abort(request_id, now)
         return [RequestFailed(request_id) for request_id in failed]
-
-    # -- Many steps at once ----------------------------------------------------------------
-
-    def stride(self, plan: StepPlan, now: float, seconds: float, most: int = _MANY) -> int:
-        """How many passes in a row, up to `most`, that of the plan just made included, would be
-        this very plan moved on by one token each, if nothing came from outside, each took
-        `seconds`, and nobody sampled a stop token. At least 1; may be too few, never too many."""
-        if plan is not self._plan:
-            raise RuntimeError("this plan does not run")
-        return passes_alike(
-            plan,
-            now,
-            seconds,
-            most,
-            capacity=self._capacity,
-            rules=self._rules,
-            policy=self._policy,
-            residency=self._kv,
-            chooser=self._chooser,
-        )
-
-    def stride_before(
-        self, plan: StepPlan, newcomer: Sequence, now: float, seconds: float, passes: int
-    ) -> int:
-        """How many of the `passes` that `stride` said would follow each other from `now` on, each
-        of `seconds`, remain if this sequence joins those that wait: 1 if it may be let in."""
-        rank = self._policy.rank
-        if (
-            len(plan.chunks) < self._capacity.max_sequences
-            or self._chooser.swaps
-            or any(rank(sequence) > rank(newcomer) for sequence in self._in_pass)
-        ):
-            return 1
-        return passes_before(plan, newcomer, now, seconds, passes, self._policy)
-
-    def apply_stride(
-        self,
-        plan: StepPlan,
-        passes: int,
-        token_id: int,
-        seconds: float,
-        now: float,
-        last: Items[int] | None = None,
-    ) -> list[DecodeEvent]:
-        """Take what `passes` passes gave, at most as many as `stride` said, that took `seconds` in
-        all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them;
-        the last one `last[i]` for chunk i, if given. One event, with all its tokens of the
-        stride, for each sequence that has ended."""
-        self._end_pass(plan)
-        self._drop_doomed()
-        if self.cost.learns:
-            work = Work.of(plan)
-            for done in range(passes):
-                then = replace(work, context=work.context + done * work.sequences)
-                self.cost.add(StepRecord(then, seconds / passes))
-        ending = last or (token_id,) * len(plan.chunks)
-        before = (token_id,) * (passes - 1)
-        kv, charge = self._kv, self._policy.charge
-        ended: list[tuple[Sequence, Finish, int]] = []
-        for (sequence, _, _, _), token in zip(plan.chunks, ending, strict=True):
-            if not self._is_live(sequence):
-                continue
-            kv.grow_by(sequence, passes)
-            sequence.tokens += before
-            sequence.computed += passes
-            charge(sequence, seconds, now, passes)
-            finish = sequence.append(token)
-            if finish is not None:
-                ended.append((sequence, finish, token))
-        events: list[DecodeEvent] = []
-        for sequence, finish, token in ended:
-            self._finish(sequence, finish)
-            tokens = (*before, token)
-            events.append(Output(sequence.request.id, sequence.index, tokens, finish=finish))
-        return events
-
-    def advance(
-        self, plan: StepPlan, passes: int, token_id: int, seconds: float, now: float
-    ) -> StepPlan:
-        """Take what the first `passes` of a stride gave, where more follow: `apply_stride`, and
-        the same plan moved on, which runs from `now` on."""
-        self.apply_stride(plan, passes, token_id, seconds, now)
-        live = [s for s, _, _, _ in plan.chunks if s.phase is Phase.RUNNING and self._kv.grow(s)]
-        chunks = tuple([Chunk(s, s.computed, 1, sample=True) for s in live])
-        then = replace(plan, chunks=chunks)
-        self._begin_pass(then, now)
-        return then
 
     # -- Facts -----------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from dataclasses import astuple, dataclass, field
 from baton.errors import InvalidRequest, Overloaded
 from baton.types import Output
 from scheduling.cost import CostTracker, LinearCost
-from scheduling.decode import DecodeScheduler
 from scheduling.events import DecodeEvent
 from scheduling.order import Policy
 from scheduling.plan import Capacity, StepPlan, StepResult
@@ -20,6 +19,7 @@ from scheduling.simulator.executor import CostExecutor
 from scheduling.simulator.outcome import Served, Tally
 from scheduling.simulator.stride import Stride
 from scheduling.simulator.traffic import PLAIN, Job
+from scheduling.striding import StridingScheduler
 
 _NO_LIMIT = 1 << 30
 
@@ -62,7 +62,7 @@ class _Pass:
 
 
 class SimulatedWorker:
-    """Drives a DecodeScheduler through virtual time, a pass or a stride of them at a time:
+    """Drives a StridingScheduler through virtual time, a pass or a stride of them at a time:
 
         ends = worker.begin(now)      # None: nothing to run
         ... submit, until `ends` ...
@@ -77,7 +77,7 @@ class SimulatedWorker:
         """Without `strides` every pass is planned by itself: the same outcome, but slow."""
         tracker = CostTracker(spec.cost, every=0)
         self.spec = spec
-        self.scheduler = DecodeScheduler(
+        self.scheduler = StridingScheduler(
             spec.capacity,
             spec.policy(tracker),
             max_waiting=spec.max_waiting,

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from baton.types import LengthEstimate, Output, Request, Sampling, Stopping
 from scheduling.cost import CostTracker, LinearCost
-from scheduling.decode import DecodeScheduler
 from scheduling.mlfq import Mlfq
 from scheduling.order import make_policy
 from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
 from scheduling.rules import Rules
+from scheduling.striding import StridingScheduler
 
 SECONDS = 1 / 64  # of a pass; sums of it are exact
 TOKEN = 7
@@ -29,10 +29,10 @@ def result_of(plan: StepPlan) -> StepResult:
     return StepResult(sampled, ((),) * len(plan.chunks), SECONDS, swapped)
 
 
-def make_scheduler(capacity: Capacity, rules: Rules, name: str, **mlfq: float) -> DecodeScheduler:
+def make_scheduler(capacity: Capacity, rules: Rules, name: str, **mlfq: float) -> StridingScheduler:
     cost = CostTracker(LinearCost(SECONDS / 2, SECONDS / 64), every=0)
     policy = make_policy(name, mlfq=Mlfq(**mlfq), cost=cost)
-    return DecodeScheduler(capacity, policy, max_waiting=1000, rules=rules, cost=cost)
+    return StridingScheduler(capacity, policy, max_waiting=1000, rules=rules, cost=cost)
 
 
 def traffic(seed: int, capacity: Capacity) -> list[Request]:
@@ -61,7 +61,7 @@ def traffic(seed: int, capacity: Capacity) -> list[Request]:
 class Run:
     """Serves requests pass by pass, or in strides."""
 
-    def __init__(self, scheduler: DecodeScheduler, requests: list[Request], *, strides: bool):
+    def __init__(self, scheduler: StridingScheduler, requests: list[Request], *, strides: bool):
         self._scheduler = scheduler
         self._strides = strides
         self._arrivals = iter(requests)
@@ -225,7 +225,7 @@ def test_the_cost_model_learns_as_many_passes_as_there_were(make_request) -> Non
     capacity = Capacity(blocks=64, block_size=4, max_tokens=64, max_sequences=8, max_context=200)
     cost = CostTracker(every=10)
     policy = make_policy("fcfs", cost=cost)
-    scheduler = DecodeScheduler(capacity, policy, max_waiting=9, cost=cost)
+    scheduler = StridingScheduler(capacity, policy, max_waiting=9, cost=cost)
     for id in "abc":
         scheduler.submit(make_request(id, prompt=4, most=60), 0.0)
     plan = scheduler.plan(0.0)
