@@ -97,7 +97,8 @@ _OPTIONS = [
     click.option(
         "--values",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="write values for the Helm chart to this file",
+        help="write values for the Helm chart to this file; on GPUs for decode workers only, as "
+        "prefill workers hand KV over from host memory",
     ),
 ]
 

@@ -12,12 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from baton.config import SchedulingConfig
+from baton.config import DecodeConfig, SchedulingConfig
 from baton.errors import ConfigError
 from launcher.chart_values import write_values
 from scheduling.cost import CostTracker
 from scheduling.mlfq import Mlfq
 from scheduling.order import Policy, policy_from
+from scheduling.rules import Rules
 from scheduling.simulator.hardware import GPUS, SHAPES, ModelShape
 from scheduling.simulator.profiles import Profile, of_hardware, profile
 from scheduling.simulator.search import Search
@@ -88,6 +89,8 @@ def question_from(options: Options) -> Question:
         decode=device,
         policy_name=options.policy,
         policy=_policy(options.policy),
+        rules=Rules.of(DecodeConfig.model_construct()),
+        split=options.values is None or device.device == "cpu",
         max_workers=options.max_workers,
         price=options.prefill_price,
         requests=options.requests,

@@ -12,6 +12,7 @@ import numpy as np
 from scheduling.cost import CostTracker
 from scheduling.mlfq import Mlfq
 from scheduling.order import Policy
+from scheduling.rules import Rules
 from scheduling.simulator.cluster import ClusterSpec, simulate_cluster
 from scheduling.simulator.outcome import Outcome
 from scheduling.simulator.profiles import Profile
@@ -108,6 +109,7 @@ class Question:
     decode: Profile
     policy_name: str
     policy: Callable[[Mlfq, CostTracker], Policy]
+    rules: Rules = field(default_factory=Rules)
     max_workers: int = 64
     price: float = 1.0
     requests: int = 2000
@@ -140,7 +142,7 @@ def simulate_trial(
         capacity = profile.capacity(
             max_tokens=tuning.max_tokens, max_sequences=tuning.max_sequences
         )
-        return WorkerSpec(capacity, profile.cost, policy)
+        return WorkerSpec(capacity, profile.cost, policy, question.rules)
 
     spec = ClusterSpec(
         decode=worker(question.decode),
