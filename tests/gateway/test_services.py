@@ -70,7 +70,8 @@ async def test_status_shows_queue_workers_and_running_requests(pair, admin, even
     await eventually(lambda: bool(pair.d.held))
     status = (await admin.GetStatus(model_pb2.GetStatusRequest())).status
     assert status.running_requests == 1
-    assert [level.waiting_requests for level in status.levels] == [0] * 5
+    assert status.levels
+    assert not any(level.waiting_requests for level in status.levels)
     roles = {worker.id: worker.role for worker in status.workers}
     assert roles == {
         "decode-0": model_pb2.WORKER_ROLE_DECODE,
