@@ -74,7 +74,7 @@ class ProcessConfig(BaseSettings):
 class SchedulingConfig(ProcessConfig):
     """What the gateway and the workers must agree on: the same levels and quanta."""
 
-    mlfq_levels: Annotated[int, Field(ge=1, le=16)] = Field(16, description="MLFQ levels")
+    mlfq_levels: Annotated[int, Field(ge=1, le=32)] = Field(16, description="MLFQ levels")
     mlfq_quantum: Seconds = Field(
         0.025, description="quantum of level 0, in seconds: about one pass"
     )
