@@ -24,6 +24,7 @@ Knows nothing of models, transports or gateways, and reads no clock.
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Output, Request
@@ -41,6 +42,8 @@ from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
+
+_KEPT_RANK = attrgetter("rank")
 
 
 class DecodeScheduler:
@@ -180,7 +183,10 @@ class DecodeScheduler:
         kv = self._kv
         ranked = [*kv.running, *kv.swapped, *kv.waiting]
         self._policy.promote(ranked, now)
-        ranked.sort(key=self._policy.rank)
+        for sequence in ranked:
+            if sequence.rank is None:
+                self._policy.rank(sequence)
+        ranked.sort(key=_KEPT_RANK)
         self._door.knock(ranked, kv.moving, now)
         chosen = self._chooser.choose(ranked, now)
         if self._chooser.proactive:

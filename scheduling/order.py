@@ -27,7 +27,7 @@ class Policy(Protocol):
         ...
 
     def rank(self, sequence: Sequence) -> Rank:
-        """Its place. Changes only through the other methods."""
+        """Its place, kept in `sequence.rank`. Changes only through the other methods."""
         ...
 
     def charge(self, sequence: Sequence, seconds: float, now: float, passes: int = 1) -> None:

@@ -70,7 +70,8 @@ class ProactiveSwaps:
         """Swap out worse-ranked ones for the best of those that found no room."""
         when = self._policy.next_run(ranked, self._slots, now)
         place = ranked.index(head)
-        later = sorted(zip(when[place:], ranked[place:], strict=True), key=_time)
+        timed = zip(when[place:], ranked[place:], strict=True)
+        later = sorted(((t, s) for t, s in timed if s.phase is Phase.RUNNING), key=_time)
         for sequence in self._chooser.victims_for(head, free, [s for _, s in later]):
             if self._kv.swaps.blocks >= self._in_flight:
                 return
