@@ -182,6 +182,25 @@ class WorkerConfig(SchedulingConfig):
     max_context: Annotated[int, Field(ge=0)] = Field(
         0, description="longest prompt plus output; the model's own limit if 0"
     )
+    max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
+    worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
+    record_run: Path | None = Field(
+        None, description="file to record every scheduling decision in, to replay; off if unset"
+    )
+
+
+class PrefillConfig(WorkerConfig):
+    """A prefill worker."""
+
+    address: str = Field("127.0.0.1:50061", description="host:port of the worker's API")
+    kv_address: str = Field("127.0.0.1:0", description="host:port of the KV data channel")
+    kv_lease_seconds: Seconds = Field(30.0, description="first time to live of published KV")
+
+
+class DecodeConfig(WorkerConfig):
+    """A decode worker."""
+
+    address: str = Field("127.0.0.1:50071", description="host:port of the worker's API")
     admission: Literal["paged", "reserve-predicted", "reserve-max"] = Field(
         "reserve-predicted", description="KV that must be free before a sequence is let in"
     )
@@ -204,25 +223,6 @@ class WorkerConfig(SchedulingConfig):
     swap_reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="share of the KV blocks that proactive swapping keeps free for bursts"
     )
-    max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
-    worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
-    record_run: Path | None = Field(
-        None, description="file to record every scheduling decision in, to replay; off if unset"
-    )
-
-
-class PrefillConfig(WorkerConfig):
-    """A prefill worker."""
-
-    address: str = Field("127.0.0.1:50061", description="host:port of the worker's API")
-    kv_address: str = Field("127.0.0.1:0", description="host:port of the KV data channel")
-    kv_lease_seconds: Seconds = Field(30.0, description="first time to live of published KV")
-
-
-class DecodeConfig(WorkerConfig):
-    """A decode worker."""
-
-    address: str = Field("127.0.0.1:50071", description="host:port of the worker's API")
     kv_transports: str = Field("shm,tcp", description="KV transports to try, best first")
     kv_timeout: Seconds = Field(20.0, description="longest silence during a KV pull")
     reserve_timeout: Seconds = Field(
@@ -250,7 +250,7 @@ class ServeConfig(ProcessConfig):
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks per worker")
     host_kv_memory: Annotated[int, Field(ge=0)] = Field(
-        0, description="bytes of host memory per worker for the KV of preempted sequences"
+        0, description="bytes of host memory per decode worker for the KV of preempted sequences"
     )
     policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
         "predicted-srpt", description="order in which requests wait and sequences run"

@@ -200,7 +200,7 @@ def recorder_from(
     with. Raises ConfigError if the file cannot be written."""
     if config.record_run is None:
         return None
-    settings = {name: getattr(config, name) for name in record.SETTINGS}
+    settings = {name: getattr(config, name) for name in record.SETTINGS if hasattr(config, name)}
     try:
         return RunRecorder(config.record_run, RunHeader(role, capacity, settings, cost))
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.config import WorkerConfig
+from baton.config import DecodeConfig
 from scheduling.plan import Capacity
 
 
@@ -44,7 +44,7 @@ class Rules:
         return int(self.swap_reserve * capacity.blocks)
 
     @classmethod
-    def of(cls, config: WorkerConfig) -> Rules:
+    def of(cls, config: DecodeConfig) -> Rules:
         """What a worker's configuration asks for."""
         return cls(
             admission=config.admission,

@@ -25,7 +25,7 @@ _MOVES = {
     Phase.INCOMING: {Phase.RUNNING, Phase.WAITING, Phase.FINISHED},
     Phase.RUNNING: {Phase.WAITING, Phase.LEAVING, Phase.FINISHED},
     Phase.LEAVING: {Phase.SWAPPED, Phase.FINISHED},
-    Phase.SWAPPED: {Phase.RETURNING, Phase.WAITING, Phase.FINISHED},
+    Phase.SWAPPED: {Phase.RETURNING, Phase.FINISHED},
     Phase.RETURNING: {Phase.RUNNING, Phase.FINISHED},
     Phase.FINISHED: set(),
 }

@@ -29,6 +29,7 @@ from scheduling.sequence import Sequence
 from scheduling.standing import PreemptivePolicy
 
 _ROUNDING = 1e-6  # of a token
+_PATIENCE = 3.0  # mean ages without service before somebody counts as starved
 _DRIFT = 0.1  # relative change of the factor that is worth a new order
 
 
@@ -37,7 +38,10 @@ class PredictedSrpt(PreemptivePolicy):
 
     def __init__(self, mlfq: Mlfq, cost: CostTracker, *, aging: float = 1.0) -> None:
         super().__init__(
-            RemainingWork(cost), promote_after=mlfq.promote_after, quantum=mlfq.quantum
+            RemainingWork(cost),
+            promote_after=mlfq.promote_after,
+            quantum=mlfq.quantum,
+            patience_in_ages=_PATIENCE,
         )
         self._mlfq = mlfq
         self._cost = cost

@@ -8,9 +8,10 @@ Within a priority class:
                as far as its length is predicted well. The earliest deadline first.
     ORDINARY   in the policy's own order.
 
-The patience is `promote_after` seconds, or three times the mean age of those that are here (but the
-oldest) if that is more, and at most 60 times `promote_after`. Under overload everybody waits for
-long, and to lift everybody in turn is to serve all at once, with the KV of all in memory.
+The patience is `promote_after` seconds; or, where a policy asks for that, so many times the mean
+age of those that are here (but the oldest) if that is more, and at most 60 times `promote_after`.
+Under overload everybody waits for long, and to lift everybody in turn is to serve all at once, with
+the KV of all in memory.
 
 So starvation is bounded for any traffic: of N sequences of a class, with no higher class wanting
 service, one that can be given memory is in a batch of B at the latest
@@ -36,7 +37,6 @@ SCAN_PAUSE = 0.1
 MOST_PATIENCE = 60.0
 """Times `promote_after`: the longest patience."""
 
-_PATIENCE = 3.0  # mean ages
 _RETUNES = 16  # per mean service time
 _TIGHT = 0.5  # urgent: with less slack than this share of the remaining time
 
@@ -47,10 +47,19 @@ class PreemptivePolicy:
     Ranks are kept in the sequences and worked out again only where something has changed.
     """
 
-    def __init__(self, work: RemainingWork, *, promote_after: float, quantum: float) -> None:
-        """`promote_after` infinite: nobody counts as starved. Both in seconds."""
+    def __init__(
+        self,
+        work: RemainingWork,
+        *,
+        promote_after: float,
+        quantum: float,
+        patience_in_ages: float = 0.0,
+    ) -> None:
+        """`promote_after` infinite: nobody counts as starved. Both in seconds. `patience_in_ages`:
+        mean ages that the patience is at least; 0 leaves it at `promote_after`, as in FastServe."""
         self._work = work
         self._promote_after = promote_after
+        self._patience_in_ages = patience_in_ages
         self.patience = promote_after
         """Seconds without service after which a sequence counts as starved, at this load."""
         self._age: float | None = None  # running mean, over time, of the mean age
@@ -88,7 +97,7 @@ class PreemptivePolicy:
         self._age = (self._age or 0.0) + weight * (total / len(ages) - (self._age or 0.0))
         self._aged_at = now
         most = MOST_PATIENCE * self._promote_after
-        patience = min(max(self._promote_after, _PATIENCE * self._others_age), most)
+        patience = min(max(self._promote_after, self._patience_in_ages * self._others_age), most)
         if patience < self.patience:
             self._starves_at -= self.patience - patience
         self.patience = patience

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import demo_model
-from baton.config import WorkerConfig
+from baton.config import DecodeConfig, WorkerConfig
 from baton.errors import ConfigError
 from engine.attention.select import select_attention
 from engine.model.config import read_config
@@ -81,6 +81,7 @@ def executor_from(
     config: WorkerConfig, buffer: Callable[[int], memoryview] | None = None
 ) -> TorchExecutor:
     """`load_executor` as a worker's configuration asks for; the demo model if it names none."""
+    decode = config if isinstance(config, DecodeConfig) else None
     return load_executor(
         config.model or demo_model.path(),
         dtype=config.dtype,
@@ -88,8 +89,8 @@ def executor_from(
         block_size=config.block_size,
         kv_blocks=config.kv_blocks,
         kv_memory=config.kv_memory,
-        host_kv_memory=config.host_kv_memory,
-        swap_bandwidth=config.swap_bandwidth,
+        host_kv_memory=decode.host_kv_memory if decode else 0,
+        swap_bandwidth=decode.swap_bandwidth if decode else 0.0,
         max_batch_tokens=config.max_batch_tokens,
         max_batch_sequences=config.max_batch_sequences,
         max_context=config.max_context,

@@ -36,13 +36,13 @@ SETTINGS = (
     "swap_reserve",
     "max_waiting",
 )
-"""The fields of a WorkerConfig that a scheduler is built from."""
+"""The fields of a worker's configuration that a scheduler is built from, where it has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunHeader:
-    """What the scheduler was built with; `settings` maps SETTINGS to their values, `cost` is the
-    model that its CostTracker began with."""
+    """What the scheduler was built with; `settings` maps those of SETTINGS that it has to their
+    values, `cost` is the model that its CostTracker began with."""
 
     role: Literal["prefill", "decode"]
     capacity: Capacity

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from baton.config import WorkerConfig
+from baton.config import DecodeConfig
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
@@ -73,7 +73,7 @@ def replay(lines: Iterable[str]) -> Replay:
 
 
 def _scheduler(header: RunHeader) -> _Calls:
-    config = WorkerConfig.model_construct(**header.settings)
+    config = DecodeConfig.model_construct(**header.settings)
     cost = CostTracker(header.cost)
     policy = policy_from(config, cost)
     waiting = int(config.max_waiting)

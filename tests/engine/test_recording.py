@@ -161,7 +161,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda c: f"{type(c).__name__}-{c.policy}-{c.preemption}-{c.swapping}"
+    "config", CONFIGS, ids=[f"{type(c).__name__}-{c.policy}-{i}" for i, c in enumerate(CONFIGS)]
 )
 def test_a_fresh_scheduler_that_is_told_the_same_plans_the_same(
     config: Any, seed: int, tmp_path: Path

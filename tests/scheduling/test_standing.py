@@ -164,13 +164,22 @@ def test_a_steady_stretch_does_not_change_the_chosen(name: str, data: st.DataObj
             break
 
 
-@pytest.mark.parametrize("name", PREEMPTIVE)
-def test_where_everybody_has_waited_for_long_nobody_counts_as_starved_for_that(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "patience", "standing"),
+    [
+        ("predicted-srpt", 30.0, Standing.ORDINARY),
+        ("mlfq", 2.0, Standing.STARVED),
+        ("skip-join-mlfq", 2.0, Standing.STARVED),
+    ],
+)
+def test_where_everybody_has_waited_for_long_only_the_mlfqs_lift_everybody(
+    name: str, patience: float, standing: Standing
+) -> None:
     policy = policy_of(name)
     crowd = [start(policy, Job(0, 1, 100, 100), id=str(i)) for i in range(9)]
     policy.promote(crowd, now=10.0)
-    assert policy.patience == 30.0
-    assert {s.standing for s in crowd} == {Standing.ORDINARY}
+    assert policy.patience == patience
+    assert {s.standing for s in crowd} == {standing}
 
 
 @pytest.mark.parametrize("name", PREEMPTIVE)
