@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar, cast
 
 from baton.config import WorkerConfig
 from baton.errors import BatonError, ConfigError
@@ -22,6 +22,10 @@ from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from scheduling.simulator import record
 from scheduling.simulator.record import RequestRecord, RunHeader, token_of
+
+Submitted = TypeVar("Submitted")
+Submitted_co = TypeVar("Submitted_co", covariant=True)
+Event = TypeVar("Event")
 
 
 class RunRecorder:
@@ -49,7 +53,70 @@ class RunRecorder:
         self._file.close()
 
 
-class RecordedDecodeScheduler(DecodeScheduler):
+class _Scheduler(Protocol[Submitted_co, Event]):
+    """What both schedulers have."""
+
+    def submit(self, request: Request, now: float) -> Submitted_co: ...
+
+    def abort(self, request_id: str, now: float) -> bool: ...
+
+    def plan(self, now: float) -> StepPlan | None: ...
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]: ...
+
+    def fail(self, plan: StepPlan, now: float) -> list[Event]: ...
+
+
+class _Recorded(Generic[Submitted, Event]):
+    """Stands before a scheduler among the bases of a class, and records the calls to what both
+    schedulers have. `_recorder` is there before the first call."""
+
+    _recorder: RunRecorder
+    _failing = False  # what `fail` calls itself is no call from outside
+
+    @property
+    def _plain(self) -> _Scheduler[Submitted, Event]:
+        """The same object as the scheduler that comes after this class."""
+        return cast("_Scheduler[Submitted, Event]", super())
+
+    def submit(self, request: Request, now: float) -> Submitted:
+        """As the scheduler's."""
+        try:
+            submitted = self._plain.submit(request, now)
+        except BatonError:
+            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
+            raise
+        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
+        return submitted
+
+    def abort(self, request_id: str, now: float) -> bool:
+        """As the scheduler's."""
+        if not self._failing:
+            self._recorder.write(record.Abort(now, request_id))
+        return self._plain.abort(request_id, now)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """As the scheduler's."""
+        plan = self._plain.plan(now)
+        self._recorder.write(record.Plan.of(plan, now))
+        return plan
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
+        """As the scheduler's."""
+        self._recorder.applied(plan, result, now)
+        return self._plain.apply(plan, result, now)
+
+    def fail(self, plan: StepPlan, now: float) -> list[Event]:
+        """As the scheduler's."""
+        self._recorder.write(record.Fail(now))
+        self._failing = True
+        try:
+            return self._plain.fail(plan, now)
+        finally:
+            self._failing = False
+
+
+class RecordedDecodeScheduler(_Recorded[list[Sequence], DecodeEvent], DecodeScheduler):
     """A DecodeScheduler that records every call."""
 
     def __init__(
@@ -64,17 +131,6 @@ class RecordedDecodeScheduler(DecodeScheduler):
     ) -> None:
         super().__init__(capacity, policy, max_waiting=max_waiting, rules=rules, cost=cost)
         self._recorder = recorder
-        self._failing = False  # what `fail` calls itself is no call from outside
-
-    def submit(self, request: Request, now: float) -> list[Sequence]:
-        """As DecodeScheduler."""
-        try:
-            sequences = super().submit(request, now)
-        except BatonError:
-            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
-            raise
-        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
-        return sequences
 
     def reserve(self, request: Request, now: float) -> Sequence:
         """As DecodeScheduler."""
@@ -98,12 +154,6 @@ class RecordedDecodeScheduler(DecodeScheduler):
         self._recorder.write(record.Lost(now, sequence.request.id, kind))
         return super().lost(sequence, first_token, now)
 
-    def abort(self, request_id: str, now: float) -> bool:
-        """As DecodeScheduler."""
-        if not self._failing:
-            self._recorder.write(record.Abort(now, request_id))
-        return super().abort(request_id, now)
-
     def abort_sequence(self, request_id: str, index: int) -> bool:
         """As DecodeScheduler."""
         self._recorder.write(record.AbortSequence(request_id, index))
@@ -114,28 +164,8 @@ class RecordedDecodeScheduler(DecodeScheduler):
         self._recorder.write(record.Quiet(sequence.request.id))
         super().quiet(sequence)
 
-    def plan(self, now: float) -> StepPlan | None:
-        """As DecodeScheduler."""
-        plan = super().plan(now)
-        self._recorder.write(record.Plan.of(plan, now))
-        return plan
 
-    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
-        """As DecodeScheduler."""
-        self._recorder.applied(plan, result, now)
-        return super().apply(plan, result, now)
-
-    def fail(self, plan: StepPlan, now: float) -> list[DecodeEvent]:
-        """As DecodeScheduler."""
-        self._recorder.write(record.Fail(now))
-        self._failing = True
-        try:
-            return super().fail(plan, now)
-        finally:
-            self._failing = False
-
-
-class RecordedPrefillScheduler(PrefillScheduler):
+class RecordedPrefillScheduler(_Recorded[Sequence, PrefillEvent], PrefillScheduler):
     """A PrefillScheduler that records every call."""
 
     def __init__(
@@ -149,48 +179,11 @@ class RecordedPrefillScheduler(PrefillScheduler):
     ) -> None:
         super().__init__(capacity, policy, max_waiting=max_waiting, cost=cost)
         self._recorder = recorder
-        self._failing = False  # what `fail` calls itself is no call from outside
-
-    def submit(self, request: Request, now: float) -> Sequence:
-        """As PrefillScheduler."""
-        try:
-            sequence = super().submit(request, now)
-        except BatonError:
-            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
-            raise
-        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
-        return sequence
-
-    def abort(self, request_id: str, now: float) -> bool:
-        """As PrefillScheduler."""
-        if not self._failing:
-            self._recorder.write(record.Abort(now, request_id))
-        return super().abort(request_id, now)
 
     def release(self, blocks: Items[int]) -> None:
         """As PrefillScheduler."""
         self._recorder.write(record.Release(tuple(blocks)))
         super().release(blocks)
-
-    def plan(self, now: float) -> StepPlan | None:
-        """As PrefillScheduler."""
-        plan = super().plan(now)
-        self._recorder.write(record.Plan.of(plan, now))
-        return plan
-
-    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[PrefillEvent]:
-        """As PrefillScheduler."""
-        self._recorder.applied(plan, result, now)
-        return super().apply(plan, result, now)
-
-    def fail(self, plan: StepPlan, now: float) -> list[PrefillEvent]:
-        """As PrefillScheduler."""
-        self._recorder.write(record.Fail(now))
-        self._failing = True
-        try:
-            return super().fail(plan, now)
-        finally:
-            self._failing = False
 
 
 def recorder_from(
