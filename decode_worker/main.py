@@ -10,7 +10,6 @@ from baton import rpc, telemetry
 from baton.config import DecodeConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
-from baton.process import unique_id
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -20,7 +19,7 @@ from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
 from queueing import membership
-from queueing.contract import Registration, Role
+from queueing.contract import Role
 from queueing.membership import Membership
 from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
@@ -63,16 +62,15 @@ class DecodeServer:
         )
         service = DecodeService(self.worker)
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(service, server.grpc)
-        registration = Registration(
-            id=config.worker_id or unique_id("decode"),
-            role=Role.DECODE,
-            address=address,
-            layout_digest=layout.digest,
-            model=executor.fingerprint,
+        registration = membership.registration(
+            config,
+            Role.DECODE,
+            address,
+            executor.fingerprint,
+            layout,
+            capacity,
             capacity_tokens=capacity.blocks * capacity.block_size,
-            capacity_blocks=capacity.blocks,
             max_context=capacity.longest_sequence,
-            dtype=layout.dtype,
             batch_sequences=capacity.max_sequences,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)

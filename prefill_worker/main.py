@@ -10,7 +10,6 @@ from baton import telemetry
 from baton.config import PrefillConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
-from baton.process import unique_id
 from baton.rpc import Server
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
@@ -22,7 +21,7 @@ from kv_transfer.shm import SharedPool
 from prefill_worker.service import PrefillService
 from prefill_worker.worker import PrefillWorker
 from queueing import membership
-from queueing.contract import Registration, Role
+from queueing.contract import Role
 from queueing.membership import Membership
 from scheduling.cost import CostTracker
 from scheduling.order import policy_from
@@ -41,14 +40,7 @@ class PrefillServer:
 
         Raises ConfigError and ModelError.
         """
-        for address in (config.address, config.kv_address):
-            require_loopback(address, insecure_network=config.insecure_network)
-        require_reachable(config.kv_address, "--kv-address")
-        if config.device != "cpu":
-            raise ConfigError(
-                f"--device {config.device}: KV is handed over from host memory only; a decode "
-                "worker without prefill workers can run there"
-            )
+        _check(config)
         server = Server(config.address)
         address = require_reachable(
             config.advertise_address or server.address, "--advertise-address"
@@ -74,17 +66,17 @@ class PrefillServer:
         service, kv_service = PrefillService(self.worker), KvServicer(self._producer)
         worker_pb2_grpc.add_PrefillServiceServicer_to_server(service, server.grpc)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, server.grpc)
-        ahead = min(CLAIMED_PASSES * capacity.max_tokens, capacity.blocks * capacity.block_size)
-        registration = Registration(
-            id=config.worker_id or unique_id("prefill"),
-            role=Role.PREFILL,
-            address=address,
-            layout_digest=layout.digest,
-            model=executor.fingerprint,
-            capacity_tokens=ahead,
-            capacity_blocks=capacity.blocks,
+        registration = membership.registration(
+            config,
+            Role.PREFILL,
+            address,
+            executor.fingerprint,
+            layout,
+            capacity,
+            capacity_tokens=min(
+                CLAIMED_PASSES * capacity.max_tokens, capacity.blocks * capacity.block_size
+            ),
             max_context=capacity.max_context,
-            dtype=layout.dtype,
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 
@@ -112,6 +104,18 @@ class PrefillServer:
         self._executor.close()
         if self._recorder is not None:
             self._recorder.close()
+
+
+def _check(config: PrefillConfig) -> None:
+    """Raise ConfigError if a prefill worker cannot run so."""
+    for address in (config.address, config.kv_address):
+        require_loopback(address, insecure_network=config.insecure_network)
+    require_reachable(config.kv_address, "--kv-address")
+    if config.device != "cpu":
+        raise ConfigError(
+            f"--device {config.device}: KV is handed over from host memory only; a decode "
+            "worker without prefill workers can run there"
+        )
 
 
 def _scheduler(

@@ -12,13 +12,14 @@ from typing import Protocol
 
 from baton.config import WorkerConfig
 from baton.errors import QueueError
-from baton.process import Background, until_stopped
+from baton.process import Background, unique_id, until_stopped
 from baton.rate import Rate
 from baton.rpc import Server
 from baton.types import Load
-from queueing.contract import Progress, Registration, Verdict
+from queueing.contract import Progress, Registration, Role, Verdict
 from queueing.redis_queue import RedisWorkerQueue
 from queueing.reporter import Reporter
+from scheduling.plan import Capacity
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,48 @@ class Member(Protocol):
     def drop(self, progress: Progress, verdict: Verdict) -> None:
         """A request is no longer its own."""
         ...
+
+
+class Layout(Protocol):
+    """A worker's KV layout, as the registry has it: a kv_transfer.contract.KvLayout."""
+
+    @property
+    def digest(self) -> str:
+        """The same for workers that can hand KV to each other."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the KV."""
+        ...
+
+
+def registration(
+    config: WorkerConfig,
+    role: Role,
+    address: str,
+    model: str,
+    layout: Layout,
+    capacity: Capacity,
+    *,
+    capacity_tokens: int,
+    max_context: int,
+    batch_sequences: int | None = None,
+) -> Registration:
+    """What a worker says of itself. `model` is the fingerprint of what it runs; what comes after
+    `capacity` is how much of it gateways may claim."""
+    return Registration(
+        id=config.worker_id or unique_id(role.value),
+        role=role,
+        address=address,
+        layout_digest=layout.digest,
+        model=model,
+        capacity_tokens=capacity_tokens,
+        capacity_blocks=capacity.blocks,
+        max_context=max_context,
+        dtype=layout.dtype,
+        batch_sequences=batch_sequences,
+    )
 
 
 class Membership:
