@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -17,60 +18,39 @@ class GatewayMetrics:
     """Counters and histograms of the public API."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.requests = Counter(
-            "baton_requests", "Requests ended, by gRPC status", ["code"], registry=registry
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("baton_requests", "Requests ended, by gRPC status", ["code"])
+        self.inflight = gauge("baton_requests_inflight", "Requests being served")
+        self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of accepted requests")
+        self.generation_tokens = counter(
+            "baton_generation_tokens", "Output tokens of ended requests"
         )
-        self.inflight = Gauge("baton_requests_inflight", "Requests being served", registry=registry)
-        self.prompt_tokens = Counter(
-            "baton_prompt_tokens", "Prompt tokens of accepted requests", registry=registry
+        self.finished = counter(
+            "baton_sequences_finished", "Sequences ended, by finish reason", ["reason"]
         )
-        self.generation_tokens = Counter(
-            "baton_generation_tokens", "Output tokens of ended requests", registry=registry
+        self.time_to_first_token = histogram(
+            "baton_time_to_first_token_seconds", "Arrival to first token", buckets=TTFT_BUCKETS
         )
-        self.finished = Counter(
-            "baton_sequences_finished",
-            "Sequences ended, by finish reason",
-            ["reason"],
-            registry=registry,
-        )
-        self.time_to_first_token = Histogram(
-            "baton_time_to_first_token_seconds",
-            "Arrival to first token",
-            buckets=TTFT_BUCKETS,
-            registry=registry,
-        )
-        self.time_per_output_token = Histogram(
+        self.time_per_output_token = histogram(
             "baton_time_per_output_token_seconds",
             "Mean time between the tokens of a sequence",
             buckets=TPOT_BUCKETS,
-            registry=registry,
         )
-        self.latency = Histogram(
-            "baton_e2e_request_latency_seconds",
-            "Arrival to last token",
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
+        self.latency = histogram(
+            "baton_e2e_request_latency_seconds", "Arrival to last token", buckets=LATENCY_BUCKETS
         )
-        self.queue_time = Histogram(
-            "baton_request_queue_time_seconds",
-            "Arrival to first scheduling",
-            buckets=TTFT_BUCKETS,
-            registry=registry,
+        self.queue_time = histogram(
+            "baton_request_queue_time_seconds", "Arrival to first scheduling", buckets=TTFT_BUCKETS
         )
-        self.queue_depth = Gauge(
-            "baton_queue_depth", "Waiting requests, by MLFQ level", ["level"], registry=registry
+        self.queue_depth = gauge("baton_queue_depth", "Waiting requests, by MLFQ level", ["level"])
+        self.length_predictions = counter(
+            "baton_length_predictions", "Requests, by who predicted their output length", ["source"]
         )
-        self.length_predictions = Counter(
-            "baton_length_predictions",
-            "Requests, by who predicted their output length",
-            ["source"],
-            registry=registry,
-        )
-        self.length_quality = Gauge(
+        self.length_quality = gauge(
             "baton_length_prediction",
             "How good recent length predictions were, by figure of the report",
             ["figure"],
-            registry=registry,
         )
 
     def session_done(self, session: Session, now: float) -> None:
