@@ -28,6 +28,7 @@ check: install ## format, lint, types, import rules, proto lint, generated code 
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy tools
 	$(BIN)/lint-imports
 	$(BIN)/python tools/protos.py check
 

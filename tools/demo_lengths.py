@@ -47,6 +47,7 @@ def answer(executor: TorchExecutor, prompts: list[list[int]], eos: int) -> dict[
     left, now = len(prompts), 0.0
     while left:
         plan = scheduler.plan(now)
+        assert plan is not None, "answers are left, and room for one of them"
         result = executor.execute(plan)
         now += result.seconds
         for event in scheduler.apply(plan, result, now):
@@ -67,10 +68,12 @@ def main() -> None:
     texts = questions(2 * COUNT, SEED)
     pairs = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
     pairs = [(text, ids) for text, ids in pairs if len(ids) <= MAX_PROMPT][:COUNT]
+    eos = tokenizer.token_to_id(END)
+    assert eos is not None
     executor = load_executor(demo_model.path(), max_batch_tokens=512, max_batch_sequences=128)
     executor.warm_up()
     started = time.monotonic()
-    lengths = answer(executor, [ids for _, ids in pairs], tokenizer.token_to_id(END))
+    lengths = answer(executor, [ids for _, ids in pairs], eos)
     print(f"{sum(lengths.values())} tokens in {time.monotonic() - started:.0f} s", file=sys.stderr)
     rows = [
         {
