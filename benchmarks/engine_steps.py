@@ -18,7 +18,8 @@ from rich.table import Table
 from transformers.utils import logging
 
 import demo_model
-from engine.bench import Row, measure, random_llama
+from engine.bench.beside import Row, measure
+from engine.bench.models import random_llama
 from engine.fit import Fit, fit
 from engine.model.load import load_executor
 

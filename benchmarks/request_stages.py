@@ -22,7 +22,7 @@ from rich.table import Table
 import demo_model
 from baton.client import Client, Ended
 from baton.config import ServeConfig, load
-from engine.bench import random_llama
+from engine.bench.models import random_llama
 from launcher.cluster import LocalCluster
 
 STAGES = ("queue", "prefill", "kv_transfer", "time_to_first_token", "time_per_output_token")

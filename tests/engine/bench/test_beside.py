@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.bench import measure
+from engine.bench.beside import measure
 
 
 def test_every_batch_size_gives_a_row(tiny: Callable[..., Any]) -> None:

@@ -14,15 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from baton.types import Request, Sampling, Stopping
 from engine.model.load import load_executor
@@ -90,26 +83,6 @@ def measure(
         progress(f"{name} {used}: batch {batch}")
         rows.append(_measure_batch(executor, reference, name, batch, context, steps))
     return rows
-
-
-def random_llama(path: Path) -> None:
-    """Save a random Llama of SmolLM-135M's shape, in bfloat16."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).bfloat16()
-    model.save_pretrained(path)
-    Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
 
 
 def _measure_batch(
