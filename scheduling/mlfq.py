@@ -15,11 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Protocol
 
 from scheduling.cost import CostTracker
 from scheduling.remaining import RemainingWork
 from scheduling.sequence import Sequence, Standing
 from scheduling.standing import PreemptivePolicy
+
+
+class Levelled(Protocol):
+    """What sinks: its level, and the seconds of service that it has had there."""
+
+    level: int
+    served: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +48,7 @@ class Mlfq:
         """The level that a sequence joins whose first iteration takes `cost` seconds."""
         return next(level for level in range(self.levels) if self.quantum_of(level) >= cost)
 
-    def charge(self, sequence: Sequence, seconds: float) -> None:
+    def charge(self, sequence: Levelled, seconds: float) -> None:
         """It was served; demote it, by more than a level if that used up several quanta. What is
         left over counts in the new level, so many charges are the same as their sum."""
         sequence.served += seconds

@@ -1,8 +1,9 @@
 """A whole cluster: the gateways' queue, prefill workers, KV on its way, decode workers.
 
-What runs where and when is decided by the workers' own schedulers and the gateway's routers. What
-is modelled here is the queue (queue.py) and time: passes by a cost model, KV transfers by bandwidth
-and latency. What the gateway does between them takes none.
+What runs where and when is decided by the workers' own schedulers, the gateway's routers and the
+order of its queue (queue.py). What is modelled here is time: passes by a cost model, KV transfers
+by bandwidth and latency. What the gateway does between them takes none. A job whose deadline passes
+while it waits is rejected; one that a worker has runs to its end.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class _Cluster:
         self._spec = spec
         self._source = source
         self._initial = iter(source.start())
-        self._queue = WaitingQueue(spec.queue)
+        prefill = spec.prefill or spec.decode
+        self._queue = WaitingQueue(spec.queue.measured(prefill.cost, spec.decode.cost))
         self._decode = {
             f"decode-{i:03d}": SimulatedWorker(
                 spec.decode, keep_token_times=keep_token_times, strides=strides
@@ -166,6 +168,7 @@ class _Cluster:
     def _ended(self, served: Served, now: float) -> None:
         self._served.append(served)
         self._placed.pop(served.job.id, None)
+        self._queue.end(served.job, served.job.output_tokens)
         self._cause(served.job, now)
 
     def _cause(self, job: Job, now: float) -> None:
@@ -177,16 +180,20 @@ class _Cluster:
 
     def _dispatch(self, now: float) -> None:
         """Give away the head of the queue for as long as somebody takes it."""
-        while self._queue:
-            job = self._queue.peek()
-            if not self._fits_ever(job):
-                self._queue.pop()
-                self._rejected += 1
-                self._cause(job, now)
-            elif self._place(job, now):
-                self._queue.pop()
+        for job in self._queue.tick(now):
+            self._reject(job, now)
+        while (head := self._queue.first(now)) is not None:
+            if not self._fits_ever(head):
+                self._queue.end(head)
+                self._reject(head, now)
+            elif self._place(head, now):
+                self._queue.claim(head)
             else:
                 return
+
+    def _reject(self, job: Job, now: float) -> None:
+        self._rejected += 1
+        self._cause(job, now)
 
     def _fits_ever(self, job: Job) -> bool:
         total = job.prompt_tokens + job.max_tokens

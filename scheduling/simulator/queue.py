@@ -1,55 +1,167 @@
-"""The gateways' queue, as far as it is simulated: by priority, level and arrival.
+"""The gateways' queue in virtual time: jobs in the order of scheduling/fair_queue.py.
 
-The real one (queueing/lua) also has tenants that take turns, deadlines, promotion, and the handicap
-of predicted-srpt, which here waits by arrival.
+One gateway's timers are part of it. What is not: workers that leave with what they hold, attempts,
+caps on what may wait.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduling.cost import LinearCost
+from scheduling.expected import ExpectedService
+from scheduling.fair_queue import SECOND, FairQueue, QueueRules, Ticket
 from scheduling.mlfq import Mlfq
 from scheduling.simulator.traffic import Job
+
+SWEEP_SECONDS = 0.5
+"""Between two promotions and looks at deadlines, as in gateway/housekeeping.py."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueOrder:
-    """The rules. `policy` as in the configuration; `mlfq` and `cost` give the skip-join level."""
+    """The rules, named as in the configuration. `prefill` and `decode`: what the workers say that
+    passes cost; None: what those of the cluster do. `aging`: the knob of predicted-srpt. Without
+    `lanes` tenants share one, and the policy alone decides."""
 
     policy: str = "fcfs"
     mlfq: Mlfq = field(default_factory=Mlfq)
-    cost: LinearCost = field(default_factory=LinearCost)
+    prefill: LinearCost | None = None
+    decode: LinearCost | None = None
+    aging: float = 1.0
+    lanes: bool = True
+    fairness_slack: float = 0.5
+    urgent_before: float = 2.0
 
-    def level(self, job: Job) -> int:
-        """The level that a job joins."""
-        if self.policy == "skip-join-mlfq":
-            return self.mlfq.first_level(self.cost.first_iteration(job.prompt_tokens))
-        return 0
+    def measured(self, prefill: LinearCost, decode: LinearCost) -> QueueOrder:
+        """The same with these costs, where none are given."""
+        return replace(self, prefill=self.prefill or prefill, decode=self.decode or decode)
+
+    def rules(self) -> QueueRules:
+        """What the order goes by."""
+        prefill = self.prefill or LinearCost()
+        return QueueRules(
+            mlfq=replace(self.mlfq, levels=1) if self.policy == "fcfs" else self.mlfq,
+            skip_join=self.policy == "skip-join-mlfq",
+            prefill_base=prefill.base,
+            prefill_per_token=prefill.per_token,
+            fairness_slack=self.fairness_slack,
+            urgent_before=self.urgent_before,
+        )
+
+    def expected(self) -> ExpectedService:
+        """What a gateway expects of requests, by what workers tell it (CostTracker.tell)."""
+        prefill, decode = self.prefill or LinearCost(), self.decode or LinearCost()
+        return ExpectedService(
+            prefill.base,
+            prefill.per_token,
+            decode.base + decode.per_sequence,
+            aging=self.aging if self.predicts else None,
+        )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the order counts on predicted lengths."""
+        return self.policy == "predicted-srpt"
 
 
 class WaitingQueue:
-    """Jobs in the order in which they will be claimed."""
+    """Jobs that wait or are claimed. Times in seconds; they must not go back."""
 
     def __init__(self, order: QueueOrder) -> None:
         self._order = order
-        self._heap: list[tuple[int, int, float, int, Job]] = []
-        self._number = 0
+        self._queue = FairQueue(order.rules())
+        self._expected = order.expected()
+        self._live: dict[str, tuple[Job, Ticket]] = {}
+        self._arrivals = 0.0  # of all live ones together
+        self._deadlines: list[tuple[float, str]] = []
+        self._sweep_at = 0.0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        """Jobs that wait."""
+        return len(self._queue)
 
     def push(self, job: Job) -> None:
-        """A job waits; it stands where its arrival puts it, also when it comes back."""
-        self._number += 1
-        rank = (-job.priority, self._order.level(job), job.arrived_at, self._number, job)
-        heapq.heappush(self._heap, rank)
+        """A job arrives."""
+        order, expected = self._order, self._expected
+        tokens = expected.tokens(job.estimate, job.max_tokens)
+        service = expected.service(job.prompt_tokens, tokens)
+        arrived = round(job.arrived_at * SECOND)
+        ticket = Ticket(
+            id=job.id,
+            tenant=job.tenant if order.lanes else "",
+            priority=job.priority,
+            queued_at=arrived,
+            due=arrived + round(expected.comes(service) * SECOND),
+            cost=max(1, round(service * SECOND)),
+            deadline=None if job.deadline is None else round(job.deadline * SECOND),
+            predicted=round(tokens) if order.predicts else None,
+        )
+        self._live[job.id] = job, ticket
+        self._arrivals += job.arrived_at
+        self._watch(job)
+        self._queue.submit(ticket, job.prompt_tokens)
 
-    def peek(self) -> Job:
-        """The next one. IndexError if nothing waits."""
-        return self._heap[0][-1]
+    def level(self, job: Job) -> int:
+        """Its level now."""
+        return self._live[job.id][1].level
 
-    def pop(self) -> Job:
-        """Take the next one."""
-        return heapq.heappop(self._heap)[-1]
+    def first(self, now: float) -> Job | None:
+        """The one that is claimed next; None if nobody waits whose deadline has not passed."""
+        if not self._queue:
+            return None
+        ticket = self._queue.first(round(now * SECOND))
+        return None if ticket is None else self._live[ticket.id][0]
+
+    def claim(self, job: Job) -> None:
+        """A worker gets it."""
+        self._queue.claim(self._live[job.id][1])
+
+    def handed_over(self, job: Job) -> None:
+        """It has gone from its prefill worker to its decode worker."""
+        self._queue.handed_over(self._live[job.id][1])
+
+    def progress(self, job: Job, generated: int, served: float) -> int:
+        """Its worker reports output tokens in all and seconds of service there; returns its
+        level."""
+        return self._queue.progress(self._live[job.id][1], generated, served)
+
+    def give_back(self, job: Job, now: float) -> None:
+        """A claimed one comes back, to its level and its place."""
+        self._queue.give_back(self._live[job.id][1], round(now * SECOND))
+        self._watch(job)
+
+    def end(self, job: Job, generated: int = 0) -> None:
+        """It has ended, wherever it was; complete, if it `generated` anything."""
+        _, ticket = self._live.pop(job.id)
+        self._arrivals = self._arrivals - job.arrived_at if self._live else 0.0
+        if generated:
+            self._expected.ended(generated)
+        self._queue.end(ticket)
+
+    def tick(self, now: float) -> list[Job]:
+        """`sweep`, if a timer has run out since the last one."""
+        if now < self._sweep_at:
+            return []
+        self._sweep_at = (now // SWEEP_SECONDS + 1) * SWEEP_SECONDS
+        return self.sweep(self._sweep_at - SWEEP_SECONDS)
+
+    def sweep(self, now: float) -> list[Job]:
+        """What a gateway's timers do: promote, look at ages and at deadlines. Returns those that
+        waited past theirs; they have ended."""
+        live = len(self._live)
+        self._expected.mean_age((now * live - self._arrivals) / live if live else None, now)
+        self._queue.promote(round(now * SECOND))
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, id = heapq.heappop(self._deadlines)
+            job, ticket = self._live.get(id, (None, None))
+            if job and ticket and ticket.waiting and job.deadline == deadline:
+                late.append(job)
+                self.end(job)
+        return late
+
+    def _watch(self, job: Job) -> None:
+        if job.deadline is not None:
+            heapq.heappush(self._deadlines, (job.deadline, job.id))

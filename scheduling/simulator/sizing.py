@@ -150,7 +150,7 @@ def simulate_trial(
         prefill=worker(question.prefill) if layout.prefill else None,
         prefill_workers=layout.prefill,
         transfer=question.prefill.transfer,
-        queue=QueueOrder(question.policy_name, tuning.mlfq, question.prefill.cost),
+        queue=QueueOrder(question.policy_name, tuning.mlfq),
     )
     outcome = simulate_cluster(jobs, spec)
     measured = outcome.after_warmup()

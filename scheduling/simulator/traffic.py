@@ -27,8 +27,9 @@ class Job:
     """One request, and what only the simulator knows of it.
 
     `output_tokens` is the true length, the end-of-sequence token included, at most `max_tokens`,
-    the cap that the scheduler sees. `arrived_at` in seconds from the start. `prompt_ids` only
-    where they matter (prefix caching, a real engine); there are `prompt_tokens` of them.
+    the cap that the scheduler sees. `arrived_at` and `deadline` in seconds from the start.
+    `prompt_ids` only where they matter (prefix caching, a real engine); there are `prompt_tokens`
+    of them.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Job:
     tenant: str = ""
     priority: int = 0
     prompt_ids: tuple[int, ...] | None = None
+    deadline: float | None = None
 
     def request(self) -> Request:
         """The request as a scheduler sees it: greedy, ended by `EOS` or `max_tokens`."""
@@ -50,6 +52,7 @@ class Job:
             stopping=Stopping(max_tokens=self.max_tokens, eos_token_ids=_STOPPING_AT),
             priority=self.priority,
             arrived_at=self.arrived_at,
+            deadline=self.deadline,
             estimate=self.estimate,
         )
 

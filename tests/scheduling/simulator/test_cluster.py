@@ -4,15 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from baton.types import LengthEstimate
 from scheduling.cost import CostTracker, LinearCost
-from scheduling.mlfq import Mlfq
 from scheduling.order import Policy, make_policy
 from scheduling.plan import Capacity
 from scheduling.simulator.cluster import ClusterSpec, simulate_cluster
 from scheduling.simulator.engine import simulate
 from scheduling.simulator.prefill_worker import Transfer
-from scheduling.simulator.queue import QueueOrder, WaitingQueue
 from scheduling.simulator.traffic import (
     SHAREGPT,
     ClosedLoop,
@@ -118,18 +115,3 @@ def test_a_spec_needs_decode_workers_and_prefill_workers_their_own() -> None:
         ClusterSpec(WORKER, 0)
     with pytest.raises(ValueError, match="spec for prefill"):
         ClusterSpec(WORKER, 1, None, 2)
-
-
-def test_the_queue_goes_by_priority_level_and_arrival() -> None:
-    order = QueueOrder("skip-join-mlfq", Mlfq(quantum=0.05, ratio=2), COST)
-    queue = WaitingQueue(order)
-    short, long = 10, 1000
-    jobs = [
-        Job("long", 0.0, long, 5, 50, estimate=LengthEstimate(5, 5)),
-        Job("second", 2.0, short, 5, 50),
-        Job("first", 1.0, short, 5, 50),
-        Job("urgent", 3.0, long, 5, 50, priority=1),
-    ]
-    for job in jobs:
-        queue.push(job)
-    assert [queue.pop().id for _ in range(len(queue))] == ["urgent", "first", "second", "long"]
