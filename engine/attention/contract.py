@@ -25,6 +25,7 @@ class Batch:
     block_tables: Tensor  # [S, B] int64, in order of position; rows end in repeats of their last
     prompt_lengths: tuple[int, ...]  # [S]: dynamic RoPE scales by max(position + 1, prompt length)
     logit_rows: Tensor  # [R] int64: rows of the flat batch whose logits are wanted
+    whole_rows: int  # of the first so many all logits are, of the others only the largest
 
 
 class KvCache(Protocol):

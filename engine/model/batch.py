@@ -7,44 +7,41 @@ from dataclasses import dataclass
 import torch
 
 from engine.attention.contract import Batch
+from engine.model.sampler import is_plain_greedy
 from scheduling.plan import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkLogits:
-    """Rows of a pass's logits that belong to one chunk.
+class ChunkRows:
+    """Where one chunk finds its part of a pass's output.
 
-    `prompt` are the rows that predict the prompt tokens [start + 1, start + 1 + len(prompt)),
-    wanted for prompt logprobs; `sample` is the row that predicts the next token.
+    `prompt` are the rows of logits that predict the prompt tokens
+    [start + 1, start + 1 + len(prompt)), wanted for prompt logprobs. A chunk that samples has
+    either `sample`, the row of logits that predicts the next token, or `best`, its place among
+    the tokens with the largest logits.
     """
 
     prompt: range
     sample: int | None
+    best: int | None
 
 
 def build_batch(
     plan: StepPlan, block_size: int, device: torch.device | str = "cpu"
-) -> tuple[Batch, tuple[ChunkLogits, ...]]:
-    """The tensors of one pass, and where each chunk finds its logits."""
+) -> tuple[Batch, tuple[ChunkRows, ...]]:
+    """The tensors of one pass, and where each chunk finds its part of the output."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    logit_rows: list[int] = []
-    logits: list[ChunkLogits] = []
+    whole: list[int] = []  # rows of the flat batch of which all logits are wanted
+    best: list[int] = []
+    rows: list[ChunkRows] = []
     for chunk in plan.chunks:
         first, end = len(token_ids), chunk.start + chunk.length
         token_ids += chunk.sequence.tokens[chunk.start : end]
         positions += range(chunk.start, end)
         slots += _slots(chunk, block_size)
-        prompt = _prompt_rows(chunk)
-        wanted = list(range(first, first + prompt))
-        last = first + chunk.length - 1
-        if chunk.sample and last not in wanted[-1:]:
-            wanted.append(last)
-        begin = len(logit_rows)
-        logit_rows += wanted
-        sample = len(logit_rows) - 1 if chunk.sample else None
-        logits.append(ChunkLogits(range(begin, begin + prompt), sample))
+        rows.append(_rows(chunk, first, whole, best))
     flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64).to(device)
     batch = Batch(
         token_ids=flat[0],
@@ -54,9 +51,25 @@ def build_batch(
         lengths=tuple(chunk.length for chunk in plan.chunks),
         block_tables=torch.tensor(_block_tables(plan, block_size), dtype=torch.int64).to(device),
         prompt_lengths=tuple(chunk.sequence.prompt_length for chunk in plan.chunks),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
+        logit_rows=torch.tensor(whole + best, dtype=torch.int64).to(device),
+        whole_rows=len(whole),
     )
-    return batch, tuple(logits)
+    return batch, tuple(rows)
+
+
+def _rows(chunk: Chunk, first: int, whole: list[int], best: list[int]) -> ChunkRows:
+    """Ask for what the chunk, whose tokens begin at row `first` of the flat batch, needs."""
+    begin, prompt = len(whole), _prompt_rows(chunk)
+    whole += range(first, first + prompt)
+    wanted = range(begin, begin + prompt)
+    if not chunk.sample:
+        return ChunkRows(wanted, None, None)
+    last = first + chunk.length - 1
+    if is_plain_greedy(chunk.sequence):
+        best.append(last)
+        return ChunkRows(wanted, None, len(best) - 1)
+    whole.append(last)
+    return ChunkRows(wanted, len(whole) - 1, None)
 
 
 def begun_blocks(plan: StepPlan, block_size: int) -> list[int]:

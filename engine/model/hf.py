@@ -29,6 +29,7 @@ from engine.model.hf_attention import (
     UnsupportedAttention,
     attending,
 )
+from engine.model.model import Output
 
 
 class TransformersModel:
@@ -52,8 +53,8 @@ class TransformersModel:
         self._attention = attention
         self._cuts_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Logits of `batch.logit_rows`, [R, vocab_size]."""
+    def forward(self, batch: Batch, cache: KvCache) -> Output:
+        """One pass."""
 
         def attend(call: AttentionCall) -> Tensor:
             width = call.v.shape[-1]  # multi-head latent attention has values shorter than keys
@@ -81,7 +82,7 @@ class TransformersModel:
                 logits: Tensor = output.logits[0]
             else:
                 logits = self._model(**arguments).logits[0].index_select(0, batch.logit_rows)
-        return logits
+        return Output.of(logits, batch)
 
 
 def load_fallback(

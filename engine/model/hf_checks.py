@@ -25,6 +25,7 @@ from engine.attention.contract import Batch, KvCache
 from engine.model.batch import build_batch
 from engine.model.config import ModelConfig
 from engine.model.hf_attention import AttentionCall, UnsupportedAttention, attending
+from engine.model.model import Output
 from engine.model.pool import KvGeometry, KvPool
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
@@ -60,8 +61,8 @@ class Paged(Protocol):
     head_dim: int
     dtype: torch.dtype
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Logits of `batch.logit_rows`."""
+    def forward(self, batch: Batch, cache: KvCache) -> Output:
+        """One pass."""
         ...
 
 
@@ -218,7 +219,7 @@ def _in_pieces(model: Paged, prompts: list[Tensor]) -> list[Tensor]:
         if not plan.chunks:
             continue
         batch, rows = build_batch(plan, pool.block_size, pool.storage.device)
-        logits = model.forward(batch, pool)
+        logits = model.forward(batch, pool).logits
         for chunk, row in zip(plan.chunks, rows, strict=True):
             if row.sample is not None:
                 last[id(chunk.sequence)] = logits[row.sample]
@@ -242,7 +243,7 @@ def _pool(model: Paged, prompts: list[Tensor]) -> KvPool:
 
 
 def _scratch(tokens: list[int]) -> Sequence:
-    request = Request("load check", tuple(tokens), Sampling(), Stopping(max_tokens=1))
+    request = Request("load check", tuple(tokens), Sampling(), Stopping(max_tokens=1), logprobs=0)
     return Sequence.start(request, 0, now=0.0)
 
 

@@ -16,6 +16,7 @@ from baton.errors import ModelError
 from engine.attention.contract import AttentionBackend, Batch, KvCache
 from engine.model.config import ModelConfig
 from engine.model.layers import Activation, GatedMlp, Linear, RmsNorm, activation, rotate
+from engine.model.model import Output
 from engine.model.rope import Rope
 from engine.model.weights import Checkpoint
 
@@ -94,13 +95,14 @@ class Llama:
             else checkpoint("lm_head.weight", config.vocab_size, shape.hidden)
         )
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Logits of `batch.logit_rows`, [R, vocab_size]."""
+    def forward(self, batch: Batch, cache: KvCache) -> Output:
+        """One pass."""
         x = F.embedding(batch.token_ids, self._embedding)  # [T, hidden]
         cos, sin = self._rope(batch)
         for layer in self._layers:
             x = layer(x, cos, sin, batch, cache)
-        return self._head(self._norm(x.index_select(0, batch.logit_rows)))
+        logits = self._head(self._norm(x.index_select(0, batch.logit_rows)))
+        return Output.of(logits, batch)
 
 
 class Layer:

@@ -39,6 +39,18 @@ def finite(logits: Tensor) -> Tensor:
     )
 
 
+def best_tokens(logits: Tensor) -> Tensor:
+    """The token with the largest of each row's logits [S, vocab], the lowest where some tie: [S].
+
+    NaN and +inf count as in `finite`; -1 where no token is possible.
+    """
+    best = logits.max(dim=-1)
+    if bool(best.values.isfinite().all()):
+        return best.indices
+    best = finite(logits).max(dim=-1)
+    return best.indices.masked_fill(best.values == -math.inf, -1)
+
+
 def needs_adjustment(sequence: Sequence) -> bool:
     """True if the logits of this sequence's next token must change before any choice."""
     sampling = sequence.request.sampling

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from engine.attention.contract import Batch, KvCache
+from engine.model.logits import best_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a pass gives for its `logit_rows`."""
+
+    logits: Tensor  # [whole_rows, vocab_size], in the model's dtype or float32
+    best: Tensor  # [R - whole_rows] int64, as `logits.best_tokens` has them
+
+    @classmethod
+    def of(cls, logits: Tensor, batch: Batch) -> Output:
+        """From the logits of all rows, [R, vocab_size]."""
+        whole = batch.whole_rows
+        return cls(logits[:whole], best_tokens(logits[whole:]))
 
 
 class PagedModel(Protocol):
@@ -41,9 +57,6 @@ class PagedModel(Protocol):
         """Longest sequence the model was made for, in tokens."""
         ...
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Run one pass under `torch.inference_mode`; writes the batch's KV into `cache`.
-
-        Returns the logits of `batch.logit_rows`, [R, vocab_size], in the model's dtype or float32.
-        """
+    def forward(self, batch: Batch, cache: KvCache) -> Output:
+        """Run one pass under `torch.inference_mode`; writes the batch's KV into `cache`."""
         ...

@@ -10,6 +10,7 @@ from baton.errors import ModelError
 from engine.attention.contract import AttentionBackend, Batch, KvCache
 from engine.model.config import ModelConfig
 from engine.model.layers import LayerNorm, Linear, activation
+from engine.model.model import Output
 from engine.model.weights import Checkpoint
 
 _POSITION_OFFSET = 2  # rows of the position table before that of position 0
@@ -50,8 +51,8 @@ class Opt:
         )
         self._head = Linear(head)
 
-    def forward(self, batch: Batch, cache: KvCache) -> Tensor:
-        """Logits of `batch.logit_rows`, [R, vocab_size]."""
+    def forward(self, batch: Batch, cache: KvCache) -> Output:
+        """One pass."""
         x = F.embedding(batch.token_ids, self._embedding)
         if self._into is not None:
             x = self._into(x)
@@ -63,7 +64,7 @@ class Opt:
             x = self._norm(x)
         if self._out_of is not None:
             x = self._out_of(x)
-        return self._head(x)
+        return Output.of(self._head(x), batch)
 
 
 class Layer:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from baton.types import Logprob, Request, Sampling, Stopping
 from engine.model import sampler
-from engine.model.batch import ChunkLogits, begun_blocks, build_batch
-from engine.model.model import PagedModel
+from engine.model.batch import ChunkRows, begun_blocks, build_batch
+from engine.model.model import Output, PagedModel
 from engine.model.pool import KvPool
 from engine.model.swap import Swapper
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
@@ -101,10 +101,10 @@ class TorchExecutor:
         with torch.inference_mode():
             self.pool.clear(begun_blocks(plan, self.pool.block_size))
             batch, rows = build_batch(plan, self.pool.block_size, self._device)
-            logits = self.model.forward(batch, self.pool)
-            sampled = _sample(plan.chunks, rows, logits)
+            output = self.model.forward(batch, self.pool)
+            sampled = _sample(plan.chunks, rows, output)
             prompt = tuple(
-                _prompt_logprobs(chunk, wanted, logits)
+                _prompt_logprobs(chunk, wanted, output.logits)
                 for chunk, wanted in zip(plan.chunks, rows, strict=True)
             )
         return sampled, prompt
@@ -124,19 +124,30 @@ class TorchExecutor:
 
 
 def _sample(
-    chunks: tuple[Chunk, ...], rows: tuple[ChunkLogits, ...], logits: Tensor
+    chunks: tuple[Chunk, ...], rows: tuple[ChunkRows, ...], output: Output
 ) -> tuple[Sampled | None, ...]:
     """The next token of every chunk that samples."""
-    wanted = [row.sample for row in rows if row.sample is not None]
-    if not wanted:
-        return (None,) * len(chunks)
-    if len(wanted) < len(logits):
+    pairs = list(zip(chunks, rows, strict=True))
+    greedy = [chunk.sequence for chunk, row in pairs if row.best is not None]
+    others = [chunk.sequence for chunk, row in pairs if row.sample is not None]
+    best, drawn = iter(sampler.pick(output.best, greedy)), iter(_draw(rows, others, output.logits))
+    return tuple(
+        None if not chunk.sample else next(best) if row.best is not None else next(drawn)
+        for chunk, row in pairs
+    )
+
+
+def _draw(rows: tuple[ChunkRows, ...], sequences: list[Sequence], logits: Tensor) -> list[Sampled]:
+    """The next token of the sequences that need all of their logits."""
+    if not sequences:
+        return []
+    if len(sequences) < len(logits):  # the others are for prompt logprobs
+        wanted = [row.sample for row in rows if row.sample is not None]
         logits = logits[torch.tensor(wanted, device=logits.device)]
-    tokens = iter(sampler.sample(logits, [c.sequence for c in chunks if c.sample]))
-    return tuple(next(tokens) if chunk.sample else None for chunk in chunks)
+    return sampler.sample(logits, sequences)
 
 
-def _prompt_logprobs(chunk: Chunk, rows: ChunkLogits, logits: Tensor) -> tuple[Logprob, ...]:
+def _prompt_logprobs(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Logprob, ...]:
     """Logprobs of the prompt tokens that the chunk's rows predict, if they are asked for."""
     alternatives = chunk.sequence.request.prompt_logprobs
     if alternatives is None or not rows.prompt:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from baton.types import Logprob
-from engine.model.logits import adjust, finite, needs_adjustment, warp
+from engine.model.logits import adjust, best_tokens, finite, needs_adjustment, warp
 from engine.model.philox import uniforms
 from scheduling.plan import Sampled
 from scheduling.sequence import Sequence
@@ -38,14 +38,21 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     model is broken, or nothing allowed is possible) the token is one that ends the sequence if it
     may, else the first one allowed, else 0; a warning is logged, and other rows are unharmed.
     """
-    if all(_is_plain_greedy(sequence) for sequence in sequences):
-        best = logits.max(dim=-1)
-        if bool(best.values.isfinite().all()):
-            return [Sampled(token) for token in best.indices.tolist()]
+    if all(is_plain_greedy(sequence) for sequence in sequences):
+        return pick(best_tokens(logits), sequences)
     raw = finite(logits)
     tokens = _choose(adjust(raw, sequences), sequences)
     reports = _reports(raw, tokens, sequences)
     return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
+
+
+def pick(best: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    """What `sample` gives for sequences that are plainly greedy, from their `best_tokens` [S]."""
+    tokens: list[int] = best.tolist()
+    return [
+        Sampled(token if token >= 0 else _last_resort(sequence))
+        for token, sequence in zip(tokens, sequences, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -54,7 +61,9 @@ def prompt_logprobs(logits: Tensor, targets: list[int], alternatives: int) -> tu
     return _logprobs(logits, targets, [alternatives] * len(targets))
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
+def is_plain_greedy(sequence: Sequence) -> bool:
+    """True if the largest of its logits is all that the sequence's next token depends on, and
+    nothing else about them is wanted."""
     request = sequence.request
     return (
         request.sampling.temperature == 0

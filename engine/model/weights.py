@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from baton.errors import ModelError
+from engine.model.mapped import MappedFile
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +45,7 @@ class Checkpoint:
                 raise ModelError(f"{file}: damaged or incomplete: {error}") from error
             self._readers[file] = reader
             self._where |= dict.fromkeys(reader.keys(), file)
+        self._maps: dict[Path, MappedFile] = {}
         self.dtype = dtype or self._stored_dtype()
         self.device = device
 
@@ -65,14 +67,40 @@ class Checkpoint:
         if name not in self._where:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
         found = self._read(name)
-        if tuple(found.shape) != shape:
+        self._check(name, tuple(found.shape), shape, found.dtype)
+        return found.to(device=self.device, dtype=self.dtype, copy=True)
+
+    def mapped(self, name: str, *shape: int) -> Tensor:
+        """Tensor `name` where it lies in the file, in its stored dtype; never write to it.
+
+        It stays mapped for as long as the tensor lives. Raises as a call does.
+        """
+        if name not in self._where:
+            raise ModelError(f"{self.path}: tensor {name!r} is missing")
+        found = self._map(name).entry(name)
+        self._check(name, found.shape, shape, found.dtype)
+        return self._map(name).tensor(name)
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that a mapped tensor's pages take; they are read again if needed."""
+        self._map(name).forget(name)
+
+    def _map(self, name: str) -> MappedFile:
+        file = self._where[name]
+        if file not in self._maps:
+            self._maps[file] = MappedFile(file)
+        return self._maps[file]
+
+    def _check(
+        self, name: str, found: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype | None
+    ) -> None:
+        if found != shape:
             raise ModelError(
-                f"{self.path}: tensor {name!r} has shape {tuple(found.shape)}, "
+                f"{self.path}: tensor {name!r} has shape {found}, "
                 f"the configuration asks for {shape}"
             )
-        if found.dtype not in _FLOATS:
-            raise ModelError(f"{self.path}: tensor {name!r} holds {found.dtype}")
-        return found.to(device=self.device, dtype=self.dtype, copy=True)
+        if dtype not in _FLOATS:
+            raise ModelError(f"{self.path}: tensor {name!r} holds {dtype}")
 
     def _read(self, name: str) -> Tensor:
         try:

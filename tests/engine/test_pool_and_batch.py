@@ -25,7 +25,8 @@ GEOMETRY = KvGeometry(
 
 def a_sequence(tokens: int, blocks: list[int], **request: Any) -> Sequence:
     """A sequence of `tokens` prompt tokens, numbered from 100."""
-    made = Request("r", tuple(range(100, 100 + tokens)), Sampling(), Stopping(8), **request)
+    defaults: dict[str, Any] = {"sampling": Sampling(), "stopping": Stopping(8)}
+    made = Request("r", tuple(range(100, 100 + tokens)), **defaults | request)
     sequence = Sequence.start(made, 0, now=0.0)
     sequence.blocks = blocks
     return sequence
@@ -84,21 +85,44 @@ def test_chunks_are_laid_end_to_end_with_their_slots_and_tables() -> None:
     assert batch.block_tables.tolist() == [[7, 3, 5], [2, 2, 2]]
     assert (batch.starts, batch.lengths, batch.prompt_lengths) == ((6, 0), (4, 2), (10, 3))
     assert batch.logit_rows.tolist() == [3]
-    assert [row.sample for row in logits] == [0, None]
+    assert batch.whole_rows == 0
+    assert [(row.sample, row.best) for row in logits] == [(None, 0), (None, None)]
 
 
 def test_prompt_logprobs_ask_for_every_row_that_predicts_a_prompt_token() -> None:
     asks, other = a_sequence(5, [0, 1], prompt_logprobs=0), a_sequence(2, [2])
     first = StepPlan((Chunk(other, 1, 1, sample=True), Chunk(asks, 0, 3, sample=False)))
     batch, logits = build_batch(first, block_size=4)
-    assert batch.logit_rows.tolist() == [0, 1, 2, 3]
-    assert (logits[1].prompt, logits[1].sample) == (range(1, 4), None)
+    assert batch.logit_rows.tolist() == [1, 2, 3, 0]
+    assert batch.whole_rows == 3  # row 0 needs its largest logit only
+    assert (logits[0].prompt, logits[0].sample, logits[0].best) == (range(0), None, 0)
+    assert (logits[1].prompt, logits[1].sample, logits[1].best) == (range(3), None, None)
     batch, logits = build_batch(StepPlan((Chunk(asks, 3, 2, sample=True),)), block_size=4)
     assert batch.logit_rows.tolist() == [0, 1]  # one predicts prompt token 4, the last samples
-    assert (logits[0].prompt, logits[0].sample) == (range(1), 1)
+    assert (batch.whole_rows, logits[0].prompt, logits[0].best) == (1, range(1), 0)
     asks.tokens.append(77)
     batch, logits = build_batch(StepPlan((Chunk(asks, 5, 1, sample=True),)), block_size=4)
-    assert (logits[0].prompt, logits[0].sample) == (range(0), 0)
+    assert (batch.whole_rows, logits[0].prompt, logits[0].best) == (0, range(0), 0)
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"sampling": Sampling(temperature=0.5)},
+        {"sampling": Sampling(repetition_penalty=1.1)},
+        {"sampling": Sampling(logit_bias=((4, 1.0),))},
+        {"sampling": Sampling(allowed_token_ids=(4, 5))},
+        {"stopping": Stopping(8, min_tokens=1, eos_token_ids=frozenset({2}))},
+        {"logprobs": 0},
+    ],
+)
+def test_requests_that_look_at_logits_get_all_of_them(wants: dict[str, Any]) -> None:
+    plain, asks = a_sequence(2, [0]), a_sequence(2, [1], **wants)
+    plan = StepPlan(tuple(Chunk(s, 1, 1, sample=True) for s in (plain, asks, plain)))
+    batch, rows = build_batch(plan, block_size=4)
+    assert batch.logit_rows.tolist() == [1, 0, 2]
+    assert batch.whole_rows == 1
+    assert [(row.sample, row.best) for row in rows] == [(None, 0), (0, None), (None, 1)]
 
 
 def test_only_blocks_that_stay_part_empty_count_as_begun() -> None:
