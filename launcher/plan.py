@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 
+from baton import cores
 from baton.config import (
     DecodeConfig,
     GatewayConfig,
@@ -18,7 +19,6 @@ from baton.config import (
     environment_names,
 )
 from baton.errors import ConfigError
-from launcher import cores
 from launcher.options import flag
 from launcher.supervisor import Command
 

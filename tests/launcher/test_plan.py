@@ -87,7 +87,7 @@ def test_worker_settings_that_serve_does_not_name_come_from_the_environment(
 
 
 def test_cores_are_shared_out_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("launcher.cores.available", lambda: 8)
+    monkeypatch.setattr("baton.cores.available", lambda: 8)
     shared = planned(ServeConfig(prefill_workers=1, decode_workers=3))
     assert config_of(shared["decode-0"], DecodeConfig, monkeypatch).threads == 2
     given = planned(ServeConfig(threads=5))
