@@ -216,11 +216,12 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    if not len(mine):
-        return []
-    figure, axes = plots.figure(2, width=5.2)
-    left, right = axes[0]
+    path = folder / "b8-admission.png"
+    return plots.panels(results.where(experiment=NAME), path, 2, _draw_panels, width=5.2)
+
+
+def _draw_panels(mine: Results, panels: plots.Panels) -> None:
+    left, right = panels
     found = [r for way in WAYS for r in mine.where(policy=way.label, metric="tokens_per_s")]
     errors = [[r.value - r.ci_low for r in found], [r.ci_high - r.value for r in found]]
     left.barh(
@@ -241,7 +242,6 @@ def _draw(results: Results, folder: Path) -> list[Path]:
     right.set(xlabel="load", ylabel=f"requests/s within {SLO_S_PER_TOKEN} s per token")
     right.set_ylim(0, None)
     right.legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b8-admission.png")]
 
 
 EXPERIMENTS = (

@@ -133,17 +133,18 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    if not len(mine):
-        return []
-    figure, axes = plots.figure(3, width=4.2)
+    path = folder / "b13-balancing.png"
+    return plots.panels(results.where(experiment=NAME), path, 3, _draw_panels, width=4.2)
+
+
+def _draw_panels(mine: Results, panels: plots.Panels) -> None:
     shown = (
         ("p99_ttft_s", "P99 TTFT, s"),
         ("p99_jct_s", "P99 JCT, s"),
         ("s_per_token", "s per token"),
     )
     names = [name for name in _POLICIES if len(mine.where(policy=name))]
-    for panel, (metric, label) in zip(axes[0], shown, strict=True):
+    for panel, (metric, label) in zip(panels, shown, strict=True):
         width = 0.8 / len(names)
         for place, policy in enumerate(names):
             found = list(mine.where(policy=policy, metric=metric))
@@ -161,8 +162,7 @@ def _draw(results: Results, folder: Path) -> list[Path]:
             )
         panel.set_xticks(range(len(_LOADS)), [f"load {load:g}" for load in _LOADS])
         panel.set_ylabel(label)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b13-balancing.png")]
+    panels[0].legend(frameon=False, fontsize=8)
 
 
 EXPERIMENTS = (

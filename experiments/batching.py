@@ -27,6 +27,7 @@ BATCH = 16
 LOADS = (0.2, 0.4, 0.6, 0.8)
 """Arrival rate over the saturation rate of continuous batching."""
 
+_WAYS = ("static", "dynamic", "continuous")
 _WAIT_STEPS = 5  # passes that a dynamic batch waits for more
 
 
@@ -142,7 +143,7 @@ def _tables(results: Results) -> list[Table]:
             header = ("requests/s, backlog", *(f"batch {b:g}" for b in batches))
             tables.append(Table(f"Throughput, {title}", header, tuple(rows)))
         rows = []
-        for way in ("static", "dynamic", "continuous"):
+        for way in _WAYS:
             found = list(here.where(policy=way, metric="mean_jct_s"))
             tails = list(here.where(policy=way, metric="p99_jct_s"))
             if found:
@@ -169,31 +170,25 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    engines = [e for e in plots.ENGINE_TITLES if len(mine.where(engine=e))]
-    if not engines:
-        return []
-    figure, axes = plots.figure(2, len(engines))
-    for row, engine in zip(axes, engines, strict=True):
-        here = mine.where(engine=engine)
-        for way in ("static", "dynamic", "continuous"):
-            rates = list(here.where(policy=way, metric="tokens_per_s"))
-            if rates:
-                plots.line(row[0], [r.at or 0 for r in rates], rates, way)
-            found = list(here.where(policy=way, metric="mean_jct_s"))
-            plots.line(row[1], [r.load or 0 for r in found], found, way)
-        sizes = sorted({r.at for r in here.where(metric="tokens_per_s") if r.at})
-        row[0].set_xscale("log")
-        row[0].set_xticks(sizes, [f"{size:g}" for size in sizes])
-        row[0].minorticks_off()
-        row[0].set(
-            xlabel="sequences in a batch",
-            ylabel=f"tokens per second, backlog\n({plots.ENGINE_TITLES[engine]})",
-        )
-        row[0].set_ylim(0, None)
-        row[1].set(xlabel="load", ylabel="mean JCT, s", yscale="log")
-        row[1].legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b15-batching.png")]
+    path = folder / "b15-batching.png"
+    return plots.panels_by_engine(results.where(experiment=NAME), path, 2, _draw_row)
+
+
+def _draw_row(here: Results, title: str, row: plots.Panels) -> None:
+    backlog, arrivals = row
+    for way in _WAYS:
+        rates = list(here.where(policy=way, metric="tokens_per_s"))
+        if rates:
+            plots.line(backlog, [r.at or 0 for r in rates], rates, way)
+        found = list(here.where(policy=way, metric="mean_jct_s"))
+        plots.line(arrivals, [r.load or 0 for r in found], found, way)
+    sizes = sorted({r.at for r in here.where(metric="tokens_per_s") if r.at})
+    backlog.set_xscale("log")
+    backlog.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    backlog.minorticks_off()
+    backlog.set(xlabel="sequences in a batch", ylabel=f"tokens per second, backlog\n({title})")
+    backlog.set_ylim(0, None)
+    arrivals.set(xlabel="load", ylabel="mean JCT, s", yscale="log")
 
 
 EXPERIMENTS = (

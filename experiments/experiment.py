@@ -105,6 +105,12 @@ def no_tables(results: Results) -> list[Table]:
     return []
 
 
+Measure = Callable[[Run], Sequence[Record]]
+Draw = Callable[[Results, Path], list[Path]]
+Bars = Callable[[Results], list[Bar]]
+Tables = Callable[[Results], list[Table]]
+
+
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """`name` as in `--only` ("B1"). `measure` runs it on one engine. The other functions see the
@@ -118,7 +124,7 @@ class Experiment:
     name: str
     title: str
     engines: tuple[EngineName, ...]
-    measure: Callable[[Run], Sequence[Record]]
-    draw: Callable[[Results, Path], list[Path]] = no_plots
-    bars: Callable[[Results], list[Bar]] = no_bars
-    tables: Callable[[Results], list[Table]] = no_tables
+    measure: Measure
+    draw: Draw = no_plots
+    bars: Bars = no_bars
+    tables: Tables = no_tables

@@ -3,18 +3,21 @@ the optional dependency group `bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from baton.errors import ConfigError
-from experiments.records import Record
+from experiments.records import Record, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Panel: TypeAlias = "Axes"
+Panels: TypeAlias = "Sequence[Axes]"
 
 _PALETTE = (
     *("#4C72B0", "#DD8452", "#55A868", "#C44E52", "#8172B3"),
@@ -89,6 +92,42 @@ def figure(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3
     return made, axes
 
 
+def panels(
+    results: Results,
+    path: Path,
+    columns: int,
+    draw: Callable[[Results, Panels], None],
+    *,
+    width: float,
+) -> list[Path]:
+    """Write a figure of `columns` panels side by side, filled by `draw`. Returns its path, or
+    nothing without results."""
+    if not len(results):
+        return []
+    made, axes = figure(columns, width=width)
+    draw(results, axes[0])
+    return [save(made, path)]
+
+
+def panels_by_engine(
+    results: Results,
+    path: Path,
+    columns: int,
+    draw: Callable[[Results, str, Panels], None],
+) -> list[Path]:
+    """Write a figure with a row of `columns` panels for each engine that has results: `draw` is
+    given those, the engine's title and the row. One legend serves all. Returns its path, or
+    nothing without results."""
+    engines = [engine for engine in ENGINE_TITLES if len(results.where(engine=engine))]
+    if not engines:
+        return []
+    made, axes = figure(columns, len(engines))
+    for row, engine in zip(axes, engines, strict=True):
+        draw(results.where(engine=engine), ENGINE_TITLES[engine], row)
+    legend_below(made, *axes[0])
+    return [save(made, path)]
+
+
 def title(axes: Axes, text: str) -> None:
     """What a panel shows, above it on the left."""
     axes.set_title(text, loc="left", fontsize=9, color="#666666")
@@ -144,15 +183,19 @@ def bars(axes: Axes, records: Sequence[Record], *, names: bool) -> None:
     axes.set_xlim(left=0)
 
 
-def legend_below(made: Figure, axes: Axes) -> None:
-    """One legend for all panels, taken from one of them."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(made: Figure, *shown: Axes) -> None:
+    """One legend for all panels, taken from some of them."""
+    handles = {
+        label: handle
+        for axes in shown
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     made.legend(
-        handles,
-        labels,
+        handles.values(),
+        handles.keys(),
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
-        ncol=min(len(labels), 4),
+        ncol=min(len(handles), 4),
         frameon=False,
     )
 

@@ -8,7 +8,7 @@ from experiments import policy_reports as reports
 from experiments.bars import load_bars, optimality_bars, peak_bars
 from experiments.benches import bench
 from experiments.compare import records, trials
-from experiments.experiment import Experiment, Run
+from experiments.experiment import Bars, Draw, Experiment, Measure, Run, no_bars
 from experiments.learning import warm
 from experiments.orders import LEARNED, NOISY, ORDERS
 from experiments.records import Record
@@ -42,6 +42,10 @@ def _load_records(run: Run) -> list[Record]:
     return [*_at("B1", run, _loads(run)), told]
 
 
+def _overload(run: Run) -> list[Record]:
+    return _at("B2", run, (OVERLOAD,))
+
+
 def _demo(run: Run) -> list[Record]:
     usual, traffic, made = bench(run), of_demo(), []
     longer = replace(usual, count=_DEMO_JOBS * usual.count)
@@ -59,24 +63,17 @@ def _bursts(run: Run) -> list[Record]:
     return made
 
 
+def _per_load(
+    name: str, title: str, measure: Measure, draw: Draw, bars: Bars = no_bars
+) -> Experiment:
+    """Its tables have all metrics of a load."""
+    tables = reports.load_tables(name)
+    return Experiment(name, title, ("real", "simulator"), measure, draw, bars, tables)
+
+
 EXPERIMENTS = (
-    Experiment(
-        "B1",
-        "Orders below saturation",
-        ("real", "simulator"),
-        measure=_load_records,
-        draw=reports.draw_loads,
-        bars=load_bars,
-        tables=reports.load_tables("B1"),
-    ),
-    Experiment(
-        "B2",
-        "Orders in overload",
-        ("real", "simulator"),
-        measure=lambda run: _at("B2", run, (OVERLOAD,)),
-        draw=reports.draw_overload,
-        tables=reports.load_tables("B2"),
-    ),
+    _per_load("B1", "Orders below saturation", _load_records, reports.draw_loads, load_bars),
+    _per_load("B2", "Orders in overload", _overload, reports.draw_overload),
     Experiment(
         "B4",
         "How far from the oracle",
@@ -95,20 +92,6 @@ EXPERIMENTS = (
         bars=peak_bars,
         tables=reports.ratio_tables("B6", "peak_kv_tokens_vs_fcfs", "Peak KV over FCFS's"),
     ),
-    Experiment(
-        "BURSTS",
-        "Orders when requests come in bursts",
-        ("real", "simulator"),
-        measure=_bursts,
-        draw=reports.draw_bursts,
-        tables=reports.load_tables("BURSTS"),
-    ),
-    Experiment(
-        "DEMO",
-        "Orders on the demo model's own lengths",
-        ("real", "simulator"),
-        measure=_demo,
-        draw=reports.draw_demo,
-        tables=reports.load_tables("DEMO"),
-    ),
+    _per_load("BURSTS", "Orders when requests come in bursts", _bursts, reports.draw_bursts),
+    _per_load("DEMO", "Orders on the demo model's own lengths", _demo, reports.draw_demo),
 )

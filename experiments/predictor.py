@@ -207,11 +207,12 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    if not len(mine):
-        return []
-    figure, axes = plots.figure(2, width=5.0)
-    left, right = axes[0]
+    path = folder / "b9-predictor.png"
+    return plots.panels(results.where(experiment=NAME), path, 2, _draw_panels, width=5.0)
+
+
+def _draw_panels(mine: Results, panels: plots.Panels) -> None:
+    left, right = panels
     names = [str(p) for p in mine.where(metric="sigma").distinct("policy")]
     for place, (metric, label, shade) in enumerate(
         (
@@ -233,7 +234,6 @@ def _draw(results: Results, folder: Path) -> list[Path]:
             plots.line(right, [100 * (r.at or 0) for r in found], found, rule)
     right.set(xlabel="right class, % of requests", ylabel="throughput / with true lengths")
     right.legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b9-predictor.png")]
 
 
 EXPERIMENTS = (

@@ -132,24 +132,21 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    engines = [e for e in plots.ENGINE_TITLES if len(mine.where(engine=e))]
-    if not engines:
-        return []
-    figure, axes = plots.figure(len(SHAPES), len(engines))
-    for row, engine in zip(axes, engines, strict=True):
-        for panel, shape in zip(row, SHAPES, strict=True):
-            for way in _BUDGETS:
-                found = list(mine.where(engine=engine, policy=f"{way}, {shape.name}"))
-                plots.line(panel, [r.at or 0 for r in found], found, way)
-            panel.set(
-                title=shape.name,
-                xlabel="passes per token that were promised",
-                ylabel=f"requests/s that kept it\n({plots.ENGINE_TITLES[engine]})",
-            )
-            panel.set_ylim(0, None)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b11-promises.png")]
+    path = folder / "b11-promises.png"
+    return plots.panels_by_engine(results.where(experiment=NAME), path, len(SHAPES), _draw_row)
+
+
+def _draw_row(here: Results, title: str, row: plots.Panels) -> None:
+    for panel, shape in zip(row, SHAPES, strict=True):
+        for way in _BUDGETS:
+            found = list(here.where(policy=f"{way}, {shape.name}"))
+            plots.line(panel, [r.at or 0 for r in found], found, way)
+        panel.set(
+            title=shape.name,
+            xlabel="passes per token that were promised",
+            ylabel=f"requests/s that kept it\n({title})",
+        )
+        panel.set_ylim(0, None)
 
 
 EXPERIMENTS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ CHOSEN = 1536
 
 _SHAPE = Shape(2600, 60)
 _PAIR = f"{PREFILL_FIRST} / {SPLITFUSE}"
+_SHADES = {"mean": "#C44E52", "P50": "#1F77B4", "P95": "#FF7F0E", "P99": "#2CA02C"}
 _METRICS = ("p50_gap_s", "p95_gap_s", "p99_gap_s", "mean_ttft_s", "p95_ttft_s", "requests_per_s")
 
 
@@ -99,40 +99,35 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    engines = [e for e in plots.ENGINE_TITLES if len(mine.where(engine=e))]
-    if not engines:
-        return []
-    figure, axes = plots.figure(2, len(engines))
-    for row, engine in zip(axes, engines, strict=True):
-        here = mine.where(engine=engine)
-        gaps = (("p50_gap_s", "P50"), ("p95_gap_s", "P95"), ("p99_gap_s", "P99"))
-        for metric, name in gaps:
-            _sweep(row[0], here, metric, name)
-        row[0].set_ylabel(f"gap between tokens, ms\n({plots.ENGINE_TITLES[engine]})")
-        _sweep(row[1], here, "mean_ttft_s", "mean")
-        _sweep(row[1], here, "p95_ttft_s", "P95")
-        row[1].set_ylabel("time to first token, ms")
-        for panel in row:
-            panel.set_xlabel("token budget of a pass")
-            panel.set_ylim(0, None)
-            panel.set_xticks(BUDGETS)
-    axes[0][0].legend(frameon=False, fontsize=8, title="SplitFuse, and prefill-first dashed")
-    axes[0][1].legend(frameon=False, fontsize=8)
-    return [plots.save(figure, folder / "b10-splitfuse.png")]
+    path = folder / "b10-splitfuse.png"
+    return plots.panels_by_engine(results.where(experiment=NAME), path, 2, _draw_row)
 
 
-def _sweep(panel: Any, here: Results, metric: str, name: str) -> None:
+def _draw_row(here: Results, title: str, row: plots.Panels) -> None:
+    gaps, first_token = row
+    for metric, name in (("p50_gap_s", "P50"), ("p95_gap_s", "P95"), ("p99_gap_s", "P99")):
+        _sweep(gaps, here, metric, name)
+    gaps.set_ylabel(f"gap between tokens, ms\n({title})")
+    for metric, name in (("mean_ttft_s", "mean"), ("p95_ttft_s", "P95")):
+        _sweep(first_token, here, metric, name)
+    first_token.set_ylabel("time to first token, ms")
+    first_token.plot([], [], "--", lw=1.2, color="#555555", label="prefill-first")
+    for panel in row:
+        panel.set_xlabel("token budget of a pass")
+        panel.set_ylim(0, None)
+        panel.set_xticks(BUDGETS)
+
+
+def _sweep(panel: plots.Panel, here: Results, metric: str, name: str) -> None:
     """SplitFuse over its budgets, and prefill-first as a level line."""
-    found = list(here.where(policy=SPLITFUSE, metric=metric))
-    (line,) = panel.plot(
-        [r.at or 0 for r in found], [1e3 * r.value for r in found], "o-", ms=3.5, lw=1.6, label=name
-    )
+    found, shade = list(here.where(policy=SPLITFUSE, metric=metric)), _SHADES[name]
+    budgets, values = [r.at or 0 for r in found], [1e3 * r.value for r in found]
+    panel.plot(budgets, values, "o-", ms=3.5, lw=1.6, color=shade, label=f"SplitFuse, {name}")
     low, high = [1e3 * r.ci_low for r in found], [1e3 * r.ci_high for r in found]
-    panel.fill_between([r.at or 0 for r in found], low, high, color=line.get_color(), alpha=0.18)
+    panel.fill_between(budgets, low, high, color=shade, alpha=0.18)
     level = here.value(policy=PREFILL_FIRST, metric=metric)
     if level is not None:
-        panel.axhline(1e3 * level, ls="--", lw=1.2, color=line.get_color())
+        panel.axhline(1e3 * level, ls="--", lw=1.2, color=shade)
 
 
 EXPERIMENTS = (

@@ -222,11 +222,12 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    if not len(mine):
-        return []
-    figure, axes = plots.figure(2, width=5.0)
-    left, right = axes[0]
+    path = folder / "b7-swap.png"
+    return plots.panels(results.where(experiment=NAME), path, 2, _draw_panels, width=5.0)
+
+
+def _draw_panels(mine: Results, panels: plots.Panels) -> None:
+    left, right = panels
     for way in WAYS:
         found = [r for r in mine.where(policy=way, metric="s_per_token") if r.axis]
         plots.line(left, [r.at or 0 for r in found], found, way)
@@ -243,7 +244,6 @@ def _draw(results: Results, folder: Path) -> list[Path]:
     right.invert_yaxis()
     right.grid(axis="y", visible=False)
     right.set_xlabel("requests per second at the promise")
-    return [plots.save(figure, folder / "b7-swap.png")]
 
 
 EXPERIMENTS = (

@@ -112,11 +112,12 @@ def _bars(results: Results) -> list[Bar]:
 
 
 def _draw(results: Results, folder: Path) -> list[Path]:
-    mine = results.where(experiment=NAME)
-    if not len(mine):
-        return []
-    figure, axes = plots.figure(2)
-    left, right = axes[0]
+    path = folder / "b12-tokens.png"
+    return plots.panels(results.where(experiment=NAME), path, 2, _draw_panels, width=4.6)
+
+
+def _draw_panels(mine: Results, panels: plots.Panels) -> None:
+    left, right = panels
     for tokens in _FIXED:
         found = list(mine.where(policy=f"{tokens} tokens", metric="beside_one_sequence"))
         plots.line(left, [r.at or 0 for r in found], found, f"{tokens} tokens")
@@ -132,7 +133,6 @@ def _draw(results: Results, folder: Path) -> list[Path]:
     plots.line(right, [r.at or 0 for r in sizes], sizes, "one sequence")
     right.set(xlabel="tokens of the pass", ylabel="tokens per second", xscale="log")
     right.set_ylim(0, None)
-    return [plots.save(figure, folder / "b12-tokens.png")]
 
 
 EXPERIMENTS = (
