@@ -180,8 +180,9 @@ class _Cluster:
 
     def _dispatch(self, now: float) -> None:
         """Give away the head of the queue for as long as somebody takes it."""
-        for job in self._queue.tick(now):
-            self._reject(job, now)
+        if now >= self._queue.sweep_at:
+            for job in self._queue.tick(now):
+                self._reject(job, now)
         while (head := self._queue.first(now)) is not None:
             if not self._fits_ever(head):
                 self._queue.end(head)

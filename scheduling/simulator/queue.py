@@ -76,7 +76,9 @@ class WaitingQueue:
         self._live: dict[str, tuple[Job, Ticket]] = {}
         self._arrivals = 0.0  # of all live ones together
         self._deadlines: list[tuple[float, str]] = []
-        self._sweep_at = 0.0
+        self.sweep_at = 0.0  # when a timer runs out next
+        self._head: Job | None = None  # as it was looked up last
+        self._head_is_known = True
 
     def __len__(self) -> int:
         """Jobs that wait."""
@@ -100,6 +102,7 @@ class WaitingQueue:
         )
         self._live[job.id] = job, ticket
         self._arrivals += job.arrived_at
+        self._head_is_known = False
         self._watch(job)
         self._queue.submit(ticket, job.prompt_tokens)
 
@@ -109,13 +112,16 @@ class WaitingQueue:
 
     def first(self, now: float) -> Job | None:
         """The one that is claimed next; None if nobody waits whose deadline has not passed."""
-        if not self._queue:
-            return None
+        if self._head_is_known:
+            return self._head
         ticket = self._queue.first(round(now * SECOND))
-        return None if ticket is None else self._live[ticket.id][0]
+        self._head = None if ticket is None else self._live[ticket.id][0]
+        self._head_is_known = not self._deadlines  # else it may be too late for it, next time
+        return self._head
 
     def claim(self, job: Job) -> None:
         """A worker gets it."""
+        self._head_is_known = False
         self._queue.claim(self._live[job.id][1])
 
     def handed_over(self, job: Job) -> None:
@@ -129,6 +135,7 @@ class WaitingQueue:
 
     def give_back(self, job: Job, now: float) -> None:
         """A claimed one comes back, to its level and its place."""
+        self._head_is_known = False
         self._queue.give_back(self._live[job.id][1], round(now * SECOND))
         self._watch(job)
 
@@ -138,18 +145,18 @@ class WaitingQueue:
         self._arrivals = self._arrivals - job.arrived_at if self._live else 0.0
         if generated:
             self._expected.ended(generated)
+        self._head_is_known = False
         self._queue.end(ticket)
 
     def tick(self, now: float) -> list[Job]:
-        """`sweep`, if a timer has run out since the last one."""
-        if now < self._sweep_at:
-            return []
-        self._sweep_at = (now // SWEEP_SECONDS + 1) * SWEEP_SECONDS
-        return self.sweep(self._sweep_at - SWEEP_SECONDS)
+        """`sweep`, at the last time at which a timer ran out."""
+        self.sweep_at = (now // SWEEP_SECONDS + 1) * SWEEP_SECONDS
+        return self.sweep(self.sweep_at - SWEEP_SECONDS)
 
     def sweep(self, now: float) -> list[Job]:
         """What a gateway's timers do: promote, look at ages and at deadlines. Returns those that
         waited past theirs; they have ended."""
+        self._head_is_known = False
         live = len(self._live)
         self._expected.mean_age((now * live - self._arrivals) / live if live else None, now)
         self._queue.promote(round(now * SECOND))
