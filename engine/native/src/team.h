@@ -9,6 +9,8 @@
 #include <functional>
 #include <memory>
 
+#include "baton.h"
+
 namespace baton {
 
 class Team {
@@ -38,3 +40,9 @@ class Team {
 };
 
 }  // namespace baton
+
+// What `baton_team_new` hands out.
+struct BatonTeam {
+  BatonTeam(int threads, const int32_t* cpus) : team(threads, cpus) {}
+  baton::Team team;
+};

@@ -1,0 +1,181 @@
+#include "team.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "error.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace baton {
+namespace {
+
+// How long a meeting waits in a loop before it yields the processor, and how often it yields before
+// it sleeps. Longer than the threads of a balanced step are apart, shorter than waking one up twice.
+constexpr auto kSpin = std::chrono::microseconds(50);
+constexpr int kPauses = 32;  // between two looks at the clock
+constexpr int kYields = 64;
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int processors() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+void pin(std::thread& thread, int cpu) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (cpu < 0 || cpu >= CPU_SETSIZE)
+    throw std::system_error(EINVAL, std::generic_category(), "cpu " + std::to_string(cpu));
+  CPU_SET(static_cast<size_t>(cpu), &set);
+  int error = pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+  if (error != 0)
+    throw std::system_error(error, std::generic_category(), "cannot use cpu " + std::to_string(cpu));
+#else
+  static_cast<void>(thread), static_cast<void>(cpu);
+#endif
+}
+
+// Waits until `value` is no longer `old`.
+void wait_for_change(const std::atomic<int>& value, int old, bool spin) {
+  if (spin) {
+    auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < kPauses; i++) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+  }
+  for (int i = 0; i < kYields; i++) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    std::this_thread::yield();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+struct Team::State {
+  explicit State(int count) : count(count), spin(count <= processors()) {}
+
+  const int count;
+  const bool spin;  // else the threads share processors, and waiting in a loop keeps others out
+  const std::function<void(int)>* work = nullptr;
+  bool leaving = false;
+  std::vector<std::thread> threads;
+  // Each on a cache line of its own: some are written while all look at others.
+  alignas(64) std::atomic<int> runs{0};      // changes when there is work
+  alignas(64) std::atomic<int> meetings{0};  // changes when all have met
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> ticket{0};
+
+  void meet() {
+    if (count == 1) {
+      ticket.store(0, std::memory_order_relaxed);
+      return;
+    }
+    int meeting = meetings.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < count) {
+      wait_for_change(meetings, meeting, spin);
+      return;
+    }
+    arrived.store(0, std::memory_order_relaxed);
+    ticket.store(0, std::memory_order_relaxed);
+    meetings.store(meeting + 1, std::memory_order_release);
+    meetings.notify_all();
+  }
+
+  void serve(int thread) {
+    for (int seen = 0;;) {
+      runs.wait(seen, std::memory_order_acquire);
+      seen++;
+      if (leaving) return;
+      (*work)(thread);
+      meet();
+    }
+  }
+
+  void wake() {
+    runs.fetch_add(1, std::memory_order_release);
+    runs.notify_all();
+  }
+
+  void leave() {
+    leaving = true;
+    wake();
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+Team::Team(int threads, const int32_t* cpus) : state_(std::make_unique<State>(threads)) {
+  try {
+    for (int i = 1; i < threads; i++) {
+      state_->threads.emplace_back([state = state_.get(), i] { state->serve(i); });
+      if (cpus != nullptr) pin(state_->threads.back(), cpus[i]);
+    }
+  } catch (...) {
+    state_->leave();
+    throw;
+  }
+}
+
+Team::~Team() { state_->leave(); }
+
+int Team::threads() const { return state_->count; }
+
+void Team::run(const std::function<void(int)>& work) {
+  state_->work = &work;
+  if (state_->count > 1) state_->wake();
+  work(0);
+  state_->meet();
+}
+
+void Team::meet() { state_->meet(); }
+
+int Team::next(int count) {
+  std::atomic<int>& ticket = state_->ticket;
+  int mine;
+  if (state_->count == 1) {
+    mine = ticket.load(std::memory_order_relaxed);
+    ticket.store(mine + 1, std::memory_order_relaxed);
+  } else {
+    mine = ticket.fetch_add(1, std::memory_order_relaxed);
+  }
+  return mine < count ? mine : -1;
+}
+
+}  // namespace baton
+
+BatonTeam* baton_team_new(int32_t threads, const int32_t* cpus) {
+  if (threads < 1) {
+    baton::fail("a team needs a thread");
+    return nullptr;
+  }
+  try {
+    return new BatonTeam(threads, cpus);
+  } catch (const std::exception& error) {
+    baton::fail(error.what());
+    return nullptr;
+  }
+}
+
+void baton_team_free(BatonTeam* team) { delete team; }
