@@ -39,7 +39,7 @@ format: install ## rewrite the code in the house format
 protos: install ## regenerate the stubs from protos/
 	$(BIN)/python tools/protos.py generate
 
-bench: install ## measure the engine on the demo model and on a random 135M Llama
+bench: install ## measure the engine on a random 135M Llama
 	$(BIN)/baton bench engine
 
 clean: ## remove the environment and caches

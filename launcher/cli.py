@@ -6,18 +6,16 @@ directory is wrong.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 import rich_click as click
 
 from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from baton.errors import BatonError, ConfigError, ModelError
+from launcher.bench import bench
 from launcher.cores import spin_briefly
 from launcher.options import config_options, read_config, with_model
 from launcher.plan_options import plan_options
@@ -209,54 +207,7 @@ def demo(**options: Any) -> None:
     sys.exit(uvloop.run(run(config)))
 
 
-@baton.group()
-def bench() -> None:
-    """Measure."""
-
-
-@bench.command(
-    "engine",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench_engine(arguments: tuple[str, ...]) -> None:
-    """Time the engine alone, on the demo model and on a random one, and fit the simulator's cost
-    model to it."""
-    script = Path(__file__).parent.parent / "benchmarks" / "engine_steps.py"
-    if not script.exists():
-        raise ConfigError(f"benchmarks are part of the source tree only: there is no {script}")
-    spin_briefly()  # as the workers do
-    sys.exit(subprocess.run([sys.executable, str(script), *arguments]).returncode)  # noqa: S603 # our own script
-
-
-@bench.command("policies")
-@click.option("--only", help="comma-separated names, such as B1,B5; all of them if not given")
-@click.option(
-    "--engine",
-    type=click.Choice(["real", "simulator", "both"]),
-    default="both",
-    show_default=True,
-    help="real: torch runs a small random model here; simulator: a cost model of an A100 or H200",
-)
-@click.option(
-    "--seeds", type=click.IntRange(0, 100), default=0, help="runs per point; 4, or 2 if quick"
-)
-@click.option("--quick", is_flag=True, help="small sizes: minutes, but wide intervals")
-@click.option("--plots/--no-plots", default=True, show_default=True, help="draw PNG files")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="folder for results.json and the plots",
-)
-def bench_policies(**options: Any) -> None:
-    """Measure scheduling policies against each other: the experiments of docs/experiments.md."""
-    if importlib.util.find_spec("experiments") is None:
-        raise ConfigError("the experiments are part of the source tree only: not of the image")
-    from experiments.command import Options, run
-
-    run(Options(**options))
+baton.add_command(bench)
 
 
 @baton.command()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from baton.types import Request, Sampling, Stopping
-from engine.model.load import load_executor
+from engine.bench.backends import backend_of, load
 from engine.model.runner import TorchExecutor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
@@ -31,6 +31,7 @@ class Row:
     """Generation at one batch size: medians over the steps, in seconds."""
 
     model: str
+    backend: str
     dtype: str
     batch: int
     context: int  # tokens before the first step
@@ -60,14 +61,16 @@ def measure(
     threads: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Time `steps` generation steps per batch size. `progress` is told what is being done.
+    """Time `steps` generation steps per batch size, after prompts of `context` tokens or what the
+    model has room for. `progress` is told what is being done.
 
     Raises ModelError if the model cannot be served.
     """
     progress(f"{name} {dtype}: loading")
     blocks = max(batches) * -(-(context + steps + 1) // _BLOCK_SIZE)
-    executor = load_executor(
+    executor = load(
         path,
+        "auto",
         dtype=dtype,
         block_size=_BLOCK_SIZE,
         kv_blocks=blocks,
@@ -76,6 +79,7 @@ def measure(
         threads=threads,
     )
     executor.warm_up()
+    context = min(context, executor.capacity.max_context - steps - 1)
     used = executor.pool.geometry.dtype
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=used, local_files_only=True)
     rows = []
@@ -103,6 +107,7 @@ def _measure_batch(
     pairs = [(_ours(executor, sequences), next(theirs)) for _ in range(steps)]
     return Row(
         model=name,
+        backend=backend_of(executor),
         dtype=executor.pool.geometry.dtype,
         batch=batch,
         context=context,

@@ -82,10 +82,12 @@ class PassShape:
 
 @dataclass(frozen=True, slots=True)
 class TimedPass:
-    """A shape, the median of its times, and the work that a cost model is fitted to."""
+    """A shape, the median of its times with the work that a cost model is fitted to, and the
+    shortest of them: what it takes while nobody else has the machine."""
 
     shape: PassShape
     record: StepRecord
+    fastest: float
 
     @property
     def seconds(self) -> float:
@@ -121,7 +123,7 @@ def time_passes(
                     taken[place].append(result.seconds)
     return [
         [
-            TimedPass(shape, StepRecord.of(plan, statistics.median(found)))
+            TimedPass(shape, StepRecord.of(plan, statistics.median(found)), min(found))
             for shape, plan, found in zip(wanted, mine, taken, strict=True)
         ]
         for mine, taken in zip(plans, seconds, strict=True)

@@ -1,0 +1,285 @@
+"""The host's work between two steps of a decode worker: scheduling, batch, sampling, messages.
+
+    python benchmarks/host_work.py [--batch 32] [--model DIR | --shape 135m] [--out DIR]
+
+A decode worker's own parts (DecodeScheduler, executor, worker, gRPC service) in this process, with
+a client in another one that takes the tokens as a gateway does. Clocks around each verb, no
+profiler: what stands between the end of one forward pass and the beginning of the next is the
+host's. The messages go out while the next pass runs; the processor time that this takes is told
+apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+
+from baton import rpc, wire
+from baton.internal.v1 import worker_pb2, worker_pb2_grpc
+from baton.types import Claim, Request, Sampling, Stopping
+from decode_worker.metrics import DecodeMetrics
+from decode_worker.service import DecodeService
+from decode_worker.worker import DecodeWorker
+from engine.bench.backends import backend_of, load, weights_of
+from engine.bench.models import SHAPES, random_llama
+from engine.bench.records import Record, Setup, plain, save
+from engine.bench.tables import Table
+from engine.model import runner
+from kv_transfer.consumer import PullConsumer
+from kv_transfer.contract import KvLayout
+from kv_transfer.memory import Network
+from scheduling.cost import CostTracker
+from scheduling.decode import DecodeScheduler
+from scheduling.order import make_policy
+from scheduling.plan import StepPlan
+
+PARTS = {  # in the order of a step
+    "plan": "plan: who runs",
+    "batch": "build the batch",
+    "model": "model: the forward pass",
+    "sampling": "sample",
+    "execute": "rest of the executor",
+    "apply": "apply: what it means",
+    "events": "events: accounts, messages, metrics",
+    "hops": "to the engine's thread and back, and waiting",
+}
+BESIDE = "sending, beside the pass (processor time)"
+POLICY = "predicted-srpt"
+
+
+@dataclass
+class Clocks:
+    """Seconds of each part, step by step. Steps follow each other; a step begins with `plan`.
+
+    Parts that run inside `execute` are taken out of it.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    _now: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _begun: float = 0.0
+    _processor: float = 0.0
+    _plan: StepPlan | None = None
+
+    def wrap(self, owner: object, name: str, part: str) -> None:
+        """Let the clock run while `owner.name` does."""
+        inner = getattr(owner, name)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return inner(*given, **named)
+            finally:
+                self._now[part] += time.perf_counter() - started
+
+        setattr(owner, name, timed)
+
+    def wrap_plan(self, scheduler: DecodeScheduler, batch: int) -> None:
+        """As `wrap`, for the verb that a step begins with. Steps are kept if they generate one
+        token for each of `batch` sequences."""
+        inner = scheduler.plan
+
+        def timed(now: float) -> StepPlan | None:
+            started, processor = time.perf_counter(), time.thread_time()
+            if self._plan is not None and self._is_full(self._plan, batch):
+                self._keep(started - self._begun, processor - self._processor)
+            self._now.clear()
+            self._begun, self._processor = started, processor
+            self._plan = inner(now)
+            self._now["plan"] = time.perf_counter() - started
+            return self._plan
+
+        scheduler.plan = timed  # type: ignore[method-assign]
+
+    @staticmethod
+    def _is_full(plan: StepPlan, batch: int) -> bool:
+        return len(plan.chunks) == batch and all(chunk.length == 1 for chunk in plan.chunks)
+
+    def _keep(self, seconds: float, processor: float) -> None:
+        step = dict(self._now)
+        inside = sum(step.get(part, 0.0) for part in ("batch", "model", "sampling"))
+        on_loop = step["plan"] + step["apply"] + step["events"]
+        step["hops"] = seconds - on_loop - step["execute"]
+        step["execute"] -= inside
+        step["step"] = seconds
+        step["beside"] = max(0.0, processor - on_loop)
+        self.steps.append(step)
+
+    def medians(self) -> dict[str, float]:
+        """Of each part, of the whole `step`, and of `host`: the step without the model."""
+        if not self.steps:
+            raise RuntimeError("no step had the whole batch in it")
+        for step in self.steps:
+            step["host"] = step["step"] - step["model"]
+        names = (*PARTS, "beside", "host", "step")
+        return {
+            name: statistics.median(step.get(name, 0.0) for step in self.steps) for name in names
+        }
+
+
+@click.command()
+@click.option("--batch", default=32, show_default=True, help="sequences")
+@click.option("--prompt", default=128, show_default=True, help="tokens of each prompt")
+@click.option("--tokens", default=200, show_default=True, help="output tokens of each sequence")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy")
+@click.option("--threads", default=0, help="threads of the model; all cores if 0")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="auto or torch")
+@click.option("--shape", default="135m", show_default=True, type=click.Choice(list(SHAPES)))
+@click.option("--model", type=click.Path(path_type=Path), help="a model directory instead")
+@click.option("--out", type=click.Path(path_type=Path), help="folder for host-work.json")
+@click.option("--client", hidden=True, help="be the client of the worker at this address")
+def main(**options: Any) -> None:
+    """Time the parts of a decode worker's step."""
+    sizes = [options[name] for name in ("batch", "prompt", "tokens")]
+    if options["client"]:
+        asyncio.run(take(options["client"], *sizes, options["temperature"]))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        path, name = options["model"], options["model"] and options["model"].name
+        if path is None:
+            path, name = Path(directory), f"random {options['shape']}"
+            random_llama(path, options["shape"])
+        records = asyncio.run(measure(path, name, options))
+    Console(width=110).print(table(records).rich())
+    if options["out"] is not None:
+        options["out"].mkdir(parents=True, exist_ok=True)
+        save(options["out"] / "host-work.json", records)
+
+
+async def measure(path: Path, name: str, options: dict[str, Any]) -> list[Record]:
+    """Serve the client once, and say where the time went."""
+    batch, length = options["batch"], options["prompt"] + options["tokens"]
+    executor = load(
+        path,
+        options["backend"],
+        dtype=options["dtype"],
+        threads=options["threads"],
+        kv_blocks=batch * (-(-length // 16) + 1),
+        max_batch_sequences=batch,
+    )
+    executor.warm_up()
+    cost = CostTracker()
+    policy = make_policy(POLICY, cost=cost)
+    scheduler = DecodeScheduler(executor.capacity, policy, max_waiting=batch, cost=cost)
+    layout = KvLayout(**asdict(executor.pool.geometry))
+    worker = DecodeWorker(
+        executor,
+        scheduler,
+        PullConsumer(executor.pool, layout, Network().dialer(layout.digest), timeout=1.0),
+        DecodeMetrics(executor.pool.block_bytes, CollectorRegistry()),
+        reserve_timeout=60.0,
+    )
+    clocks = Clocks()
+    instrument(clocks, worker, scheduler, executor, batch)
+    await serve(worker, options)
+    executor.close()
+    values = clocks.medians() | {"steps": len(clocks.steps)}
+    threads = options["threads"] or runner.torch.get_num_threads()
+    setup = Setup("baton", backend_of(executor), name, weights_of(executor), threads)
+    place = {"tokens": batch, "batch": batch, "context": length}
+    return plain(setup, "host-work", values, **place)
+
+
+def instrument(
+    clocks: Clocks,
+    worker: DecodeWorker,
+    scheduler: DecodeScheduler,
+    executor: runner.TorchExecutor,
+    batch: int,
+) -> None:
+    """Put the clocks around the verbs."""
+    clocks.wrap_plan(scheduler, batch)
+    clocks.wrap(scheduler, "apply", "apply")
+    clocks.wrap(worker.engine, "_on_events", "events")
+    clocks.wrap(executor, "execute", "execute")
+    clocks.wrap(executor.model, "forward", "model")
+    clocks.wrap(runner, "build_batch", "batch")
+    clocks.wrap(runner, "_sample", "sampling")
+
+
+async def serve(worker: DecodeWorker, options: dict[str, Any]) -> None:
+    """Run the worker behind its gRPC service until the client has had its tokens."""
+    server = rpc.Server("127.0.0.1:0")
+    worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeService(worker), server.grpc)
+    await server.start(("baton.internal.v1.DecodeService",))
+    worker.engine.start()
+    arguments = [f"--client={server.address}"]
+    arguments += [f"--{n}={options[n]}" for n in ("batch", "prompt", "tokens", "temperature")]
+    client = await asyncio.create_subprocess_exec(sys.executable, __file__, *arguments)
+    code = await client.wait()
+    await worker.stop()
+    await server.stop(0)
+    if code:
+        raise RuntimeError(f"the client failed with exit code {code}")
+
+
+async def take(address: str, batch: int, prompt: int, tokens: int, temperature: float) -> None:
+    """Be the gateway: ask for `batch` sequences at once, and take their tokens."""
+    left, done = set(range(batch)), asyncio.Event()
+
+    async def commands() -> AsyncIterator[worker_pb2.DecodeRequest]:
+        yield worker_pb2.DecodeRequest(hello=worker_pb2.Hello(gateway_id="benchmark"))
+        for slot in range(batch):
+            request = Request(
+                f"request-{slot}",
+                tuple(3 + (slot * 7 + place) % 900 for place in range(prompt)),
+                Sampling(temperature=temperature, seed=slot),
+                Stopping(max_tokens=tokens),
+            )
+            start = worker_pb2.StartRequest(
+                slot=slot,
+                request=wire.request_to_proto(request, now=0.0),
+                claim=wire.claim_to_proto(Claim(slot)),
+                local_prefill=True,
+            )
+            yield worker_pb2.DecodeRequest(start=start)
+        await done.wait()
+
+    async with rpc.channel(address) as channel:
+        stream = worker_pb2_grpc.DecodeServiceStub(channel).Decode(commands())
+        async for message in stream:
+            left -= {output.slot for output in message.outputs if output.finish_reason}
+            if not left:
+                done.set()
+
+
+def table(records: list[Record]) -> Table:
+    """The parts of a step, with their shares of it; a column for each setup."""
+    columns: dict[Setup, dict[str, float]] = {}
+    for record in records:
+        columns.setdefault(record.setup, {})[record.metric] = record.value
+    rows: list[tuple[str, Callable[[dict[str, float]], float]]] = [
+        *((label, lambda v, part=part: v[part]) for part, label in PARTS.items()),  # type: ignore[misc]
+        ("all but the model", lambda values: values["host"]),
+        ("the step", lambda values: values["step"]),
+        (BESIDE, lambda values: values["beside"]),
+    ]
+    header = [""]
+    for setup in columns:
+        header += [f"{setup.backend}, {setup.threads} threads: ms", "share of the step"]
+    body = []
+    for label, seconds in rows:
+        cells = [label]
+        for values in columns.values():
+            found = seconds(values)
+            cells += [f"{found * 1e3:.2f}", f"{found / values['step']:.1%}"]
+        body.append(tuple(cells))
+    batch = records[0].batch if records else 0
+    model = records[0].model if records else ""
+    return Table(f"A step of {batch} sequences, {model}", tuple(header), body, names=1)
+
+
+if __name__ == "__main__":
+    main()
