@@ -169,11 +169,23 @@ class WorkerConfig(SchedulingConfig):
     device: str = Field("cpu", description="torch device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="number format of weights and KV; auto is the model's own, or float32 where "
-        "the CPU has no bfloat16 arithmetic",
+        description="number format of weights and KV; auto is the model's own, or what runs it "
+        "fast where that is slow",
     )
-    attention_backend: str = Field("auto", description="attention backend, by name")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="torch threads; all cores if 0")
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8 packs weights as int8 at load; on a CPU, by the compiled backend"
+    )
+    attention_backend: str = Field(
+        "auto",
+        description="what runs a pass: native (the compiled CPU backend), torch, or auto for the "
+        "fastest that can",
+    )
+    instruction_set: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16", "amx"] = Field(
+        "auto", description="instructions of the compiled backend; auto is the machine's best"
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="threads of a pass; as many as there are cores if 0"
+    )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; by kv_memory if 0")
     kv_memory: Positive = Field(512 * 2**20, description="bytes of KV cache if kv_blocks is 0")
@@ -244,8 +256,11 @@ class ServeConfig(ProcessConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of weights and KV"
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8 packs weights as int8 at load"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="torch threads per worker; the cores shared out if 0"
+        0, description="threads per worker; the cores shared out if 0"
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks per worker")

@@ -44,7 +44,6 @@ class DecodeServer:
             config.advertise_address or server.address, "--advertise-address"
         )
         executor = executor_from(config)
-        executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         cost = CostTracker()
         self._dialer = _dialer(config, layout)

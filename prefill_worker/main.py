@@ -46,7 +46,6 @@ class PrefillServer:
             config.advertise_address or server.address, "--advertise-address"
         )
         executor = executor_from(config, buffer=self._share)
-        executor.warm_up()
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         self._producer = LeaseProducer(
             executor.pool,

@@ -13,8 +13,9 @@ _BACKENDS = {"torch": "engine.attention.reference:TorchAttention"}
 
 
 def attention_names() -> tuple[str, ...]:
-    """Names that `select_attention` takes."""
-    return ("auto", *_BACKENDS)
+    """Values of `--attention-backend`; "native" is no attention backend but runs whole passes
+    (engine/native/), so `select_attention` does not take it."""
+    return ("auto", "native", *_BACKENDS)
 
 
 def select_attention(name: str, device: torch.device | str) -> AttentionBackend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import torch
 import demo_model
 from baton.config import DecodeConfig, WorkerConfig
 from baton.errors import ConfigError
-from engine.attention.select import select_attention
 from engine.model.config import read_config
 from engine.model.model import PagedModel
+from engine.model.options import ModelOptions
 from engine.model.pool import KvGeometry, KvPool
 from engine.model.runner import Threads, TorchExecutor
-from engine.model.select import build_model
+from engine.model.select import Built, build_model
 from engine.model.weights import fingerprint
 from scheduling.plan import Capacity
+
+_logger = logging.getLogger(__name__)
 
 
 def load_executor(
@@ -34,6 +38,8 @@ def load_executor(
     max_batch_sequences: int = 64,
     max_context: int = 0,
     attention_backend: str = "auto",
+    quantization: str = "none",
+    instruction_set: str = "auto",
     threads: int = 0,
     buffer: Callable[[int], memoryview] | None = None,
 ) -> TorchExecutor:
@@ -47,22 +53,20 @@ def load_executor(
     sense together.
     """
     _require(device)
-    limits = Threads(threads)
-    limits.apply()
-    config = read_config(path)
-    attention = select_attention(attention_backend, device)
-    wanted = _slow_as_stored(config.dtype, device) if dtype == "auto" else getattr(torch, dtype)
-    model, chosen = build_model(config, wanted, device, attention)
-    geometry = KvGeometry(
-        model_fingerprint=fingerprint(path),
-        layers=model.layers,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        dtype=str(chosen).removeprefix("torch."),
+    Threads(threads).apply()  # torch's threads read and convert weights, too
+    options = ModelOptions(
+        attention_backend=attention_backend,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        instruction_set=instruction_set,
+        threads=threads,
         block_size=block_size,
-        item_size=chosen.itemsize,
+        max_batch_tokens=max_batch_tokens,
     )
-    context = _context(model, max_context)
+    built = build_model(read_config(path), options)
+    geometry = _geometry(path, built, options)
+    context = _context(built.model, max_context)
     blocks = kv_blocks or _blocks(geometry, kv_memory, max_batch_sequences, context)
     memory = buffer(blocks * geometry.block_bytes) if buffer is not None else None
     pool = KvPool(geometry, blocks, device=device, buffer=memory)
@@ -74,15 +78,18 @@ def load_executor(
         max_context=context,
         host_blocks=host_kv_memory // geometry.block_bytes,
     )
-    return TorchExecutor(model, pool, capacity, limits, swap_bandwidth=swap_bandwidth)
+    limits = Threads(built.torch_threads)
+    return TorchExecutor(built.model, pool, capacity, limits, swap_bandwidth=swap_bandwidth)
 
 
 def executor_from(
     config: WorkerConfig, buffer: Callable[[int], memoryview] | None = None
 ) -> TorchExecutor:
-    """`load_executor` as a worker's configuration asks for; the demo model if it names none."""
+    """`load_executor` as a worker's configuration asks for, warmed up; the demo model if it names
+    none."""
     decode = config if isinstance(config, DecodeConfig) else None
-    return load_executor(
+    started = time.perf_counter()
+    executor = load_executor(
         config.model or demo_model.path(),
         dtype=config.dtype,
         device=config.device,
@@ -95,9 +102,16 @@ def executor_from(
         max_batch_sequences=config.max_batch_sequences,
         max_context=config.max_context,
         attention_backend=config.attention_backend,
+        quantization=config.quantization,
+        instruction_set=config.instruction_set,
         threads=config.threads,
         buffer=buffer,
     )
+    loaded = time.perf_counter()
+    executor.warm_up()
+    warm = time.perf_counter()
+    _logger.info("loaded in %.1f s, warmed up in %.1f s", loaded - started, warm - loaded)
+    return executor
 
 
 def _require(device: str) -> None:
@@ -107,13 +121,16 @@ def _require(device: str) -> None:
         raise ConfigError(f"--device {device}: not to be had here: {error}") from error
 
 
-def _slow_as_stored(stored: torch.dtype | None, device: str) -> torch.dtype | None:
-    """float32 for a model stored in bfloat16, on a CPU that would emulate every operation on it
-    (a prompt then takes ten times as long); None, the model's own format, everywhere else."""
-    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if stored is torch.bfloat16 and torch.device(device).type == "cpu" and emulated:
-        return torch.float32
-    return None
+def _geometry(path: Path, built: Built, options: ModelOptions) -> KvGeometry:
+    return KvGeometry(
+        model_fingerprint=fingerprint(path, options.quantization),
+        layers=built.model.layers,
+        kv_heads=built.model.kv_heads,
+        head_dim=built.model.head_dim,
+        dtype=str(built.dtype).removeprefix("torch."),
+        block_size=options.block_size,
+        item_size=built.dtype.itemsize,
+    )
 
 
 def _context(model: PagedModel, max_context: int) -> int:

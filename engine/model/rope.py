@@ -46,18 +46,33 @@ class Rope:
         self._frequencies, self._scaling = self._frequencies_for(None)
         if len(self._frequencies) * 2 != head_dim:
             raise ModelError("RoPE over a part of each head is not supported here")
+        self.fixed = self._variant not in _LENGTH_DEPENDENT  # a position alone says its angles
         self._rows: Callable[[Batch], Tensor] = (
-            self._rows_by_length if self._variant in _LENGTH_DEPENDENT else self._rows_fixed
+            self._rows_fixed if self.fixed else self._rows_by_length
         )
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin for `layers.rotate`, each [T, 1, head_dim], in the model's dtype."""
-        angles = batch.positions[:, None].float() * self._rows(batch)  # [T, head_dim / 2]
-        cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
+        cos, sin = self._waves(batch.positions, self._rows(batch))
         return (
             torch.cat((cos, cos), dim=-1)[:, None].to(self._dtype),
             torch.cat((-sin, sin), dim=-1)[:, None].to(self._dtype),
         )
+
+    def rotations(self, batch: Batch) -> Tensor:
+        """Each token's cosines, then its sines: [T, head_dim] float32."""
+        return torch.cat(self._waves(batch.positions, self._rows(batch)), dim=-1)
+
+    def table(self, start: int, end: int) -> Tensor:
+        """`rotations` of the positions [start, end), where they are `fixed`."""
+        assert self.fixed
+        positions = torch.arange(start, end, device=self._device)
+        return torch.cat(self._waves(positions, self._frequencies), dim=-1)
+
+    def _waves(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [T, head_dim / 2] float32, of positions [T]."""
+        angles = positions[:, None].float() * frequencies
+        return angles.cos() * self._scaling, angles.sin() * self._scaling
 
     def _rows_fixed(self, batch: Batch) -> Tensor:
         return self._frequencies

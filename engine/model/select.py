@@ -1,16 +1,25 @@
-"""Which code runs an architecture: ours, or transformers' through its attention interface."""
+"""Which code runs an architecture: the compiled library, our torch code, or transformers' through
+its attention interface."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from engine.attention.contract import AttentionBackend
+from baton import cores
+from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.model import PagedModel
+from engine.model.options import ModelOptions
 from engine.model.weights import Checkpoint
+from engine.native.library import Library
+from engine.native.select import QUANTIZATIONS, select_library, step_dtype
+
+_logger = logging.getLogger(__name__)
 
 _NATIVE = {
     "LlamaForCausalLM": "engine.model.llama:Llama",
@@ -21,23 +30,78 @@ _NATIVE = {
 }
 
 
-def build_model(
-    config: ModelConfig,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    attention: AttentionBackend,
-) -> tuple[PagedModel, torch.dtype]:
-    """The model with its weights, and the dtype it runs in (the checkpoint's own if None).
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model with its weights."""
 
-    Raises ModelError if the directory cannot be served.
+    model: PagedModel
+    dtype: torch.dtype  # of its KV
+    torch_threads: int  # that a pass may use; 0 for torch's own choice
+
+
+def build_model(config: ModelConfig, options: ModelOptions) -> Built:
+    """Choose who runs the model, and read its weights.
+
+    Raises ModelError if the directory cannot be served, ConfigError if the options cannot.
     """
-    checkpoint = Checkpoint(config.path, dtype or config.dtype, device)
-    native = _NATIVE.get(config.architecture)
-    if native is None:
+    library = select_library(config, options)
+    if library is not None:
+        return _build_compiled(config, options, library)
+    return _build_torch(config, options)
+
+
+def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library) -> Built:
+    from engine.native.model import CompiledLlama, StepOptions
+
+    checkpoint = Checkpoint(config.path, config.dtype)
+    dtype = step_dtype(options, checkpoint.dtype)
+    isa, threads = library.isa_called(options.instruction_set), options.threads or cores.available()
+    model = CompiledLlama(
+        config,
+        checkpoint,
+        library,
+        StepOptions(
+            dtype=dtype,
+            quantization=QUANTIZATIONS[options.quantization],
+            block_size=options.block_size,
+            max_tokens=options.max_batch_tokens,
+            threads=threads,
+            isa=isa,
+        ),
+    )
+    weights = str(dtype).removeprefix("torch.") if options.quantization == "none" else "int8"
+    _logger.info(
+        "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
+    )
+    return Built(model, dtype, torch_threads=1)  # two pools of threads on the same cores collide
+
+
+def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
+    attention = select_attention(options.attention_backend, options.device)
+    dtype = (
+        _slow_as_stored(config.dtype, options.device)
+        if options.dtype == "auto"
+        else getattr(torch, options.dtype)
+    )
+    checkpoint = Checkpoint(config.path, dtype or config.dtype, options.device)
+    found = _NATIVE.get(config.architecture)
+    if found is None:
         from engine.model.hf import load_fallback
 
-        model = load_fallback(config.path, config, checkpoint.dtype, device, attention)
-        return model, checkpoint.dtype
-    module, _, name = native.partition(":")
-    build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
-    return build(config, checkpoint, attention), checkpoint.dtype
+        model: PagedModel = load_fallback(
+            config.path, config, checkpoint.dtype, options.device, attention
+        )
+    else:
+        module, _, name = found.partition(":")
+        build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
+        model = build(config, checkpoint, attention)
+    return Built(model, checkpoint.dtype, options.threads)
+
+
+def _slow_as_stored(stored: torch.dtype | None, device: str) -> torch.dtype | None:
+    """float32 for a model stored in bfloat16, on a CPU where torch would emulate every operation
+    on it (a prompt then takes ten times as long); None, the model's own format, everywhere else."""
+    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if stored is torch.bfloat16 and torch.device(device).type == "cpu" and emulated:
+        return torch.float32
+    return None

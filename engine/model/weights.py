@@ -110,8 +110,9 @@ class Checkpoint:
         return tensor
 
 
-def fingerprint(path: Path) -> str:
-    """32 hex digits that change with the configuration or the weights of a model directory.
+def fingerprint(path: Path, quantization: str = "none") -> str:
+    """32 hex digits that change with the configuration or the weights of a model directory, and
+    with what is made of the weights at load.
 
     Fast for any size: hashes config.json, and of each weight file its size, its header (names,
     shapes, dtypes) and evenly spaced samples of its bytes.
@@ -126,6 +127,8 @@ def fingerprint(path: Path) -> str:
             for sample in range(_SAMPLES):
                 stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
+    if quantization != "none":
+        digest.update(quantization.encode())
     return digest.hexdigest()
 
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 from baton.types import Request, Sampling, Stopping
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
+from engine.native.library import load
 from scheduling.plan import Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
 
@@ -41,7 +42,12 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_LLAMA = _SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "initializer_range": 0.3}
+_LLAMA = _SIZES | {
+    "intermediate_size": 96,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+}
 
 
 def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
@@ -53,14 +59,17 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-biases-tied": lambda: LlamaConfig(
         **_LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
-    "llama-wide-heads": lambda: LlamaConfig(**_LLAMA | {"num_key_value_heads": 6}, head_dim=16),
+    "llama-wide-heads": lambda: LlamaConfig(
+        **_LLAMA | {"num_key_value_heads": 6, "head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}
+    ),
+    "llama-narrow-heads": lambda: LlamaConfig(**_LLAMA | {"head_dim": 8}),
     "mistral": lambda: MistralConfig(**_LLAMA, sliding_window=None),
     "mistral-window": lambda: MistralConfig(**_LLAMA, sliding_window=13),
     "qwen2": lambda: Qwen2Config(**_LLAMA),
     "qwen2-window": lambda: Qwen2Config(
         **_LLAMA, use_sliding_window=True, sliding_window=21, max_window_layers=1
     ),
-    "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**_LLAMA),
     "opt": lambda: OPTConfig(**_SIZES, ffn_dim=96, init_std=0.3),
     "opt-post-norm-projected": lambda: OPTConfig(
         **_SIZES, ffn_dim=96, init_std=1.0, do_layer_norm_before=False, word_embed_proj_dim=32
@@ -89,11 +98,25 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
             "longrope",
             factor=4.0,
             original_max_position_embeddings=32,
-            short_factor=[1.0, 1.1, 1.2, 1.3],
-            long_factor=[1.5, 2.0, 3.0, 4.0],
+            short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+            long_factor=[1.5, 2.0, 3.0, 4.0, 4.0, 4.0, 4.0, 4.0],
         ),
     ),
 }
+
+
+COMPILED = pytest.mark.skipif(load() is None, reason="the compiled backend was not built here")
+_FAMILY = ("llama", "mistral", "qwen", "rope")
+
+
+def on_backends(*names: str) -> list[Any]:
+    """Parameters (name, backend): models on torch, and on the compiled backend those it serves."""
+    return [
+        pytest.param(name, backend, id=f"{name}-{backend}", marks=marks)
+        for name in names
+        for backend, marks in (("torch", ()), ("native", COMPILED))
+        if backend == "torch" or (name.startswith(_FAMILY) and name != "llama-narrow-heads")
+    ]
 
 
 @dataclass
@@ -108,23 +131,29 @@ class TinyModel:
 
     def generate(self, prompt: Items[int], tokens: int) -> tuple[list[int], list[float]]:
         """Greedy output of transformers, and how far apart the two best logits were each time."""
-        key = (tuple(prompt), tokens)
-        if key not in self._cache:
-            self.reference(torch.tensor([[0]]))  # dynamic RoPE keeps state between calls: reset it
-            result = self.reference.generate(
-                torch.tensor([list(prompt)]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                generation_config=None,
-                max_new_tokens=tokens,
-                do_sample=False,
-                eos_token_id=None,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            best = torch.cat(result.logits).float().topk(2).values
-            gaps = (best[:, 0] - best[:, 1]).tolist()
-            self._cache[key] = (result.sequences[0, len(prompt) :].tolist(), gaps)
-        return self._cache[key]
+        if (tuple(prompt), tokens) not in self._cache:
+            self.generate_all([prompt], tokens)
+        return self._cache[tuple(prompt), tokens]
+
+    def generate_all(self, prompts: Items[Items[int]], tokens: int) -> None:
+        """Have `generate` know the outputs of prompts of one length, which are made together."""
+        self.reference(torch.tensor([[0]]))  # dynamic RoPE keeps state between calls: reset it
+        ids = torch.tensor([list(prompt) for prompt in prompts])
+        result = self.reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=None,
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        best = torch.stack(result.logits, 1).float().topk(2).values  # [prompts, tokens, 2]
+        gaps = (best[..., 0] - best[..., 1]).tolist()
+        outputs = result.sequences[:, ids.shape[1] :].tolist()
+        for prompt, *found in zip(prompts, outputs, gaps, strict=True):
+            self._cache[tuple(prompt), tokens] = (found[0], found[1])
 
     def assert_generates(self, prompt: Items[int], output: Items[int]) -> None:
         """`output` is what transformers generates; two logits within rounding are a draw, after

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.conftest import on_backends
+
 NATIVE = [
     "llama",
     "llama-biases-tied",
     "llama-wide-heads",
+    "llama-narrow-heads",
     "mistral",
     "mistral-window",
     "qwen2",
@@ -35,12 +38,12 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [[chooser.randrange(3, 199) for _ in range(length)] for length in lengths]
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize(("name", "backend"), on_backends(*NATIVE))
 def test_greedy_tokens_of_a_mixed_batch_equal_transformers(
-    name: str, tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str, backend: str, tiny: Callable[..., Any], drive: Callable[..., Any]
 ) -> None:
     model = tiny(name)
-    driver = drive(model.path, budget=37)
+    driver = drive(model.path, budget=37, attention_backend=backend)
     assert driver.executor.capacity.max_context == LIMIT
     sequences = [
         driver.add(prompt, min(20, LIMIT - len(prompt)))
@@ -55,13 +58,20 @@ def test_greedy_tokens_of_a_mixed_batch_equal_transformers(
     assert len(seen) > 20  # a model that repeats itself would prove little
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "rope-dynamic", "opt"])
+@pytest.mark.parametrize(
+    ("name", "backend"), on_backends("llama", "mistral-window", "rope-dynamic", "opt")
+)
 @pytest.mark.parametrize(("block_size", "budget"), [(1, 5), (16, 1), (16, 13), (64, 512)])
 def test_block_size_and_budget_change_no_token(
-    name: str, block_size: int, budget: int, tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str,
+    backend: str,
+    block_size: int,
+    budget: int,
+    tiny: Callable[..., Any],
+    drive: Callable[..., Any],
 ) -> None:
     model = tiny(name)
-    driver = drive(model.path, budget=budget, block_size=block_size)
+    driver = drive(model.path, budget=budget, block_size=block_size, attention_backend=backend)
     sequences = [driver.add(prompt, 12) for prompt in prompts(1, 33, 50)]
     driver.run()
     for sequence in sequences:
@@ -70,12 +80,14 @@ def test_block_size_and_budget_change_no_token(
         )
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "rope-dynamic", "opt"])
+@pytest.mark.parametrize(
+    ("name", "backend"), on_backends("llama", "mistral-window", "rope-dynamic", "opt")
+)
 def test_preempted_sequences_go_on_as_if_nothing_happened(
-    name: str, tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str, backend: str, tiny: Callable[..., Any], drive: Callable[..., Any]
 ) -> None:
     model = tiny(name)
-    driver = drive(model.path, budget=11)
+    driver = drive(model.path, budget=11, attention_backend=backend)
     sequences = [driver.add(prompt, 24) for prompt in prompts(9, 28, 40)]
     for turn in range(60):
         driver.step()
@@ -89,23 +101,25 @@ def test_preempted_sequences_go_on_as_if_nothing_happened(
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "backend"), on_backends("llama", "mistral-window", "rope-dynamic", "opt")
+)
 def test_a_long_generation_stays_equal_up_to_the_context_limit(
-    tiny: Callable[..., Any], drive: Callable[..., Any]
-) -> None:
-    for name in ("llama", "mistral-window", "rope-dynamic", "opt"):
-        model = tiny(name)
-        driver = drive(model.path)
-        sequence = driver.add(prompts(3)[0], LIMIT - 3)
-        driver.run()
-        model.assert_generates(sequence.request.prompt_ids, sequence.tokens[3:])
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2-window", "opt"])
-def test_prompt_and_output_logprobs_are_those_of_transformers(
-    name: str, tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str, backend: str, tiny: Callable[..., Any], drive: Callable[..., Any]
 ) -> None:
     model = tiny(name)
-    driver = drive(model.path, budget=7)
+    driver = drive(model.path, attention_backend=backend)
+    sequence = driver.add(prompts(3)[0], LIMIT - 3)
+    driver.run()
+    model.assert_generates(sequence.request.prompt_ids, sequence.tokens[3:])
+
+
+@pytest.mark.parametrize(("name", "backend"), on_backends("llama", "qwen2-window", "opt"))
+def test_prompt_and_output_logprobs_are_those_of_transformers(
+    name: str, backend: str, tiny: Callable[..., Any], drive: Callable[..., Any]
+) -> None:
+    model = tiny(name)
+    driver = drive(model.path, budget=7, attention_backend=backend)
     (prompt, other) = prompts(23, 9)
     sequence = driver.add(prompt, 6, logprobs=3, prompt_logprobs=2)
     driver.add(other, 6)

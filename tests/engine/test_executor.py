@@ -15,6 +15,7 @@ from engine.executor import Executor
 from engine.model.load import load_executor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
+from tests.engine.conftest import COMPILED, on_backends
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -23,12 +24,33 @@ def prompt(length: int, seed: int = 1) -> list[int]:
     return [chooser.randrange(3, 199) for _ in range(length)]
 
 
+ON_TORCH = {"attention_backend": "torch"}
+COMPILED_HERE = {"attention_backend": "native"}
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3", "opt", "rope-dynamic"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(ON_TORCH, ON_TORCH, id="torch-torch"),
+        pytest.param(ON_TORCH, COMPILED_HERE, id="torch-native", marks=COMPILED),
+        pytest.param(COMPILED_HERE, ON_TORCH, id="native-torch", marks=COMPILED),
+        pytest.param(COMPILED_HERE, COMPILED_HERE, id="native-native", marks=COMPILED),
+    ],
+)
 def test_a_sequence_goes_on_in_another_executor_from_the_bytes_of_its_blocks(
-    name: str, tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str,
+    before: dict[str, str],
+    after: dict[str, str],
+    tiny: Callable[..., Any],
+    drive: Callable[..., Any],
 ) -> None:
+    if name == "opt" and COMPILED_HERE in (before, after):
+        pytest.skip("the compiled backend runs the Llama family")
     model, text = tiny(name), prompt(37)
-    prefill, decode = drive(model.path, budget=10), drive(model.path, kv_blocks=9)
+    prefill = drive(model.path, budget=10, **before)
+    decode = drive(model.path, kv_blocks=9, **after)
+    assert prefill.executor.pool.geometry == decode.executor.pool.geometry
     first = prefill.add(text, 2)
     while not first.generated:
         prefill.step()
@@ -60,13 +82,14 @@ def test_forks_share_the_full_blocks_of_the_prompt(
         model.assert_generates(text, sequence.tokens[len(text) :])
 
 
+@pytest.mark.parametrize(("name", "backend"), on_backends("llama"))
 def test_seeded_sampling_does_not_depend_on_the_batch_around_it(
-    tiny: Callable[..., Any], drive: Callable[..., Any]
+    name: str, backend: str, tiny: Callable[..., Any], drive: Callable[..., Any]
 ) -> None:
-    path, sampling = tiny("llama").path, Sampling(temperature=1.0, seed=42)
+    path, sampling = tiny(name).path, Sampling(temperature=1.0, seed=42)
 
     def sampled(budget: int, others: int) -> list[int]:
-        driver = drive(path, budget=budget)
+        driver = drive(path, budget=budget, attention_backend=backend)
         for index in range(others):
             driver.add(prompt(5 + index, seed=index), 20)
         sequence = driver.add(prompt(20), 20, sampling=sampling)
@@ -120,10 +143,13 @@ def test_warm_up_fits_into_the_smallest_pool(tiny: Callable[..., Any]) -> None:
     assert not executor.pool.storage.any()
 
 
-def test_every_thread_that_executes_gets_the_configured_torch_threads(
-    tiny: Callable[..., Any],
+@pytest.mark.parametrize(
+    ("backend", "threads"), [("torch", 2), pytest.param("native", 1, marks=COMPILED)]
+)
+def test_every_thread_that_executes_gets_the_torch_threads_of_its_backend(
+    backend: str, threads: int, tiny: Callable[..., Any]
 ) -> None:
-    executor = load_executor(tiny("llama").path, threads=1)
+    executor = load_executor(tiny("llama").path, threads=2, attention_backend=backend)
     seen: list[int] = []
 
     def work() -> None:
@@ -135,4 +161,4 @@ def test_every_thread_that_executes_gets_the_configured_torch_threads(
     thread.start()
     thread.join()
     torch.set_num_threads(1)
-    assert seen == [1]
+    assert seen == [threads]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from baton.types import PriorOutput, Sampling
+from tests.engine.conftest import on_backends
 
 SEEDED = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=2**63 + 5)
 PROMPT = [random.Random(5).randrange(3, 199) for _ in range(29)]
@@ -21,7 +22,7 @@ def alone(tiny: Callable[..., Any]) -> Callable[[Callable[..., Any], str], list[
     """What the seeded request gives with the engine to itself."""
 
     def run(drive: Callable[..., Any], name: str) -> list[int]:
-        driver = drive(tiny(name).path)
+        driver = drive(tiny(name).path, attention_backend="torch")
         sequence = driver.add(PROMPT, TOKENS, sampling=SEEDED)
         driver.run()
         tokens: list[int] = sequence.tokens[len(PROMPT) :]
@@ -31,10 +32,11 @@ def alone(tiny: Callable[..., Any]) -> Callable[[Callable[..., Any], str], list[
     return run
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(("name", "backend"), on_backends("llama", "opt"))
 @pytest.mark.parametrize(("budget", "block_size"), [(5, 1), (37, 16), (512, 64)])
 def test_a_seeded_request_gives_the_same_tokens_in_any_batch(
     name: str,
+    backend: str,
     budget: int,
     block_size: int,
     tiny: Callable[..., Any],
@@ -42,7 +44,7 @@ def test_a_seeded_request_gives_the_same_tokens_in_any_batch(
     alone: Callable[..., list[int]],
 ) -> None:
     expected = alone(drive, name)
-    driver = drive(tiny(name).path, budget=budget, block_size=block_size)
+    driver = drive(tiny(name).path, budget=budget, block_size=block_size, attention_backend=backend)
     others = [Sampling(), Sampling(temperature=1.5, seed=9), Sampling(temperature=1.0, top_k=3)]
     for turn, sampling in enumerate(others):
         driver.add(PROMPT[: 7 * turn + 1], 12, sampling=sampling)
@@ -55,12 +57,18 @@ def test_a_seeded_request_gives_the_same_tokens_in_any_batch(
     assert sequence.tokens[len(PROMPT) :] == expected
 
 
+@pytest.mark.parametrize(("name", "backend"), on_backends("llama"))
 @pytest.mark.parametrize("done", [1, 13, TOKENS - 1])
 def test_a_seeded_request_resumed_elsewhere_goes_on_as_it_would_have(
-    done: int, tiny: Callable[..., Any], drive: Callable[..., Any], alone: Callable[..., list[int]]
+    name: str,
+    backend: str,
+    done: int,
+    tiny: Callable[..., Any],
+    drive: Callable[..., Any],
+    alone: Callable[..., list[int]],
 ) -> None:
-    expected = alone(drive, "llama")
-    driver = drive(tiny("llama").path, budget=11)
+    expected = alone(drive, name)
+    driver = drive(tiny(name).path, budget=11, attention_backend=backend)
     prior = (PriorOutput(token_ids=tuple(expected[:done])),)
     sequence = driver.add(PROMPT, TOKENS, sampling=SEEDED, prior_outputs=prior)
     driver.run()

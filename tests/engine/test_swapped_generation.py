@@ -14,6 +14,7 @@ from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
+from tests.engine.conftest import COMPILED
 
 PROACTIVE = Rules(preemption="swap", swapping="proactive")
 REACTIVE = Rules(preemption="swap", swapping="reactive")
@@ -62,8 +63,8 @@ def request(index: int) -> Request:
     return Request(f"r{index}", prompt, Sampling(), Stopping(max_tokens=14))
 
 
-@pytest.fixture
-def start(tiny: Callable[..., Any]) -> Any:
+@pytest.fixture(params=["torch", pytest.param("native", marks=COMPILED)])
+def start(request: pytest.FixtureRequest, tiny: Callable[..., Any]) -> Any:
     """A model and a run of it with room for two requests and a bit."""
     executors = []
 
@@ -76,6 +77,7 @@ def start(tiny: Callable[..., Any]) -> Any:
             kv_blocks=14,
             host_kv_memory=2**18,
             max_batch_tokens=16,
+            attention_backend=request.param,
         )
         executors.append(executor)
         return model, Run(executor, rules, policy)

@@ -1,0 +1,19 @@
+"""How a worker wants its model run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What decides who runs the model and in which formats; fields as in WorkerConfig."""
+
+    attention_backend: str
+    dtype: str
+    device: str
+    quantization: str
+    instruction_set: str
+    threads: int
+    block_size: int
+    max_batch_tokens: int

@@ -1,0 +1,82 @@
+"""Whether the compiled library runs a model, and in which formats; plain torch does otherwise."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from baton.errors import ConfigError
+from engine.model.config import ModelConfig
+from engine.model.llama import read_shape
+from engine.model.options import ModelOptions
+from engine.native.library import Format, Library, load
+from engine.native.model import ACTIVATIONS
+
+_logger = logging.getLogger(__name__)
+
+FAMILY = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+QUANTIZATIONS = {"none": None, "int8": Format.INT8}
+# What --dtype auto makes of a checkpoint's own format. The library has no float16; it widens
+# bfloat16 in registers on processors that cannot multiply it.
+_AUTO = {
+    torch.float16: torch.bfloat16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.float64: torch.float32,
+}
+
+
+def select_library(config: ModelConfig, options: ModelOptions) -> Library | None:
+    """The library if it is to run the model, else None; one line in the log says why not.
+
+    Raises ConfigError where it cannot but is asked for, by name or by a quantization, and
+    ModelError where the configuration of the model makes no sense.
+    """
+    asked = {
+        "--attention-backend native": options.attention_backend == "native",
+        f"--quantization {options.quantization}": options.quantization != "none",
+    }
+    if options.attention_backend not in ("auto", "native"):
+        reason = f"--attention-backend {options.attention_backend}"
+    else:
+        reason = _hindrance(config, options)
+    if not reason:
+        return load()
+    for flag, given in asked.items():
+        if given:
+            raise ConfigError(f"{flag}: the compiled CPU backend cannot run: {reason}")
+    _logger.info("compiled backend: %s; torch runs the step", reason)
+    return None
+
+
+def step_dtype(options: ModelOptions, stored: torch.dtype) -> torch.dtype:
+    """The format of weights and KV for a checkpoint stored in `stored`."""
+    if options.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.dtype)
+        return chosen
+    return _AUTO[stored]
+
+
+def _hindrance(config: ModelConfig, options: ModelOptions) -> str:
+    """What stands in the way; empty if nothing does."""
+    if torch.device(options.device).type != "cpu":
+        return f"--device {options.device}"
+    if load() is None:
+        return "not built here"
+    if options.dtype == "float16":
+        return "--dtype float16"
+    if config.architecture not in FAMILY:
+        return f"{config.architecture} is not of the Llama family"
+    shape = read_shape(config)
+    if config.source.hidden_act not in ACTIVATIONS:
+        return f"activation {config.source.hidden_act}"
+    sizes = {
+        "head_dim": shape.head_dim,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+    }
+    odd = [f"{name} {size} is no multiple of 16" for name, size in sizes.items() if size % 16]
+    return ", ".join(odd)
