@@ -26,7 +26,7 @@ import click
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
-from baton import rpc, wire
+from baton import cores, rpc, wire
 from baton.internal.v1 import worker_pb2, worker_pb2_grpc
 from baton.types import Claim, Request, Sampling, Stopping
 from decode_worker.metrics import DecodeMetrics
@@ -186,8 +186,8 @@ async def measure(path: Path, name: str, options: dict[str, Any]) -> list[Record
     await serve(worker, options)
     executor.close()
     values = clocks.medians() | {"steps": len(clocks.steps)}
-    threads = options["threads"] or runner.torch.get_num_threads()
-    setup = Setup("baton", backend_of(executor), name, weights_of(executor), threads)
+    weights, threads = weights_of(executor, options["dtype"]), options["threads"]
+    setup = Setup("baton", backend_of(executor), name, weights, threads or cores.available())
     place = {"tokens": batch, "batch": batch, "context": length}
     return plain(setup, "host-work", values, **place)
 

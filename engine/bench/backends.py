@@ -9,10 +9,14 @@ from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 
 
-def load(path: Path, backend: str, **options: Any) -> TorchExecutor:
-    """`load_executor` with a backend: `auto` takes the best there is, `torch` plain torch."""
-    del backend  # there is only one as yet
-    return load_executor(path, **options)
+def load(path: Path, backend: str, *, dtype: str, **options: Any) -> TorchExecutor:
+    """`load_executor` with a backend: `auto` takes the fastest there is, `torch` plain torch.
+
+    `dtype` is that of the weights: int8 stands for int8 weights and bfloat16 everywhere else.
+    """
+    if dtype == "int8":
+        options |= {"quantization": "int8"}
+    return load_executor(path, dtype=_passes(dtype), attention_backend=backend, **options)
 
 
 def backend_of(executor: TorchExecutor) -> str:
@@ -20,6 +24,10 @@ def backend_of(executor: TorchExecutor) -> str:
     return "compiled" if type(executor.model).__module__.startswith("engine.native") else "torch"
 
 
-def weights_of(executor: TorchExecutor) -> str:
-    """The format of its matrices."""
-    return executor.pool.geometry.dtype
+def weights_of(executor: TorchExecutor, dtype: str) -> str:
+    """The format of the weights of what was loaded as `dtype`, which may have been `auto`."""
+    return dtype if dtype == "int8" else executor.pool.geometry.dtype
+
+
+def _passes(dtype: str) -> str:
+    return "bfloat16" if dtype == "int8" else dtype

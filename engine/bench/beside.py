@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from baton import cores
 from baton.types import Request, Sampling, Stopping
-from engine.bench.backends import backend_of, load
+from engine.bench.backends import backend_of, load, weights_of
 from engine.model.runner import TorchExecutor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
@@ -79,20 +81,22 @@ def measure(
         threads=threads,
     )
     executor.warm_up()
+    torch.set_num_threads(threads or cores.available())  # theirs: ours may want only one of torch's
     context = min(context, executor.capacity.max_context - steps - 1)
-    used = executor.pool.geometry.dtype
-    reference = AutoModelForCausalLM.from_pretrained(path, dtype=used, local_files_only=True)
+    used = weights_of(executor, dtype)
+    stored = executor.pool.geometry.dtype  # what transformers runs in, which has no int8 here
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=stored, local_files_only=True)
     rows = []
     for batch in batches:
         progress(f"{name} {used}: batch {batch}")
-        rows.append(_measure_batch(executor, reference, name, batch, context, steps))
+        rows.append(_measure_batch(executor, reference, (name, used), batch, context, steps))
     return rows
 
 
 def _measure_batch(
     executor: TorchExecutor,
     reference: PreTrainedModel,
-    name: str,
+    names: tuple[str, str],
     batch: int,
     context: int,
     steps: int,
@@ -102,13 +106,17 @@ def _measure_batch(
         vocabulary, (batch, context), generator=torch.Generator().manual_seed(1)
     )
     sequences = _sequences(prompts, steps)
-    prefill = [_ours(executor, [sequence]) for sequence in sequences]
-    theirs = _reference_steps(reference, prompts)
-    pairs = [(_ours(executor, sequences), next(theirs)) for _ in range(steps)]
+    # On a thread of its own: torch keeps the number of its threads per calling thread.
+    with ThreadPoolExecutor(1) as thread:
+        prefill = [thread.submit(_ours, executor, [one]).result() for one in sequences]
+        theirs = _reference_steps(reference, prompts)
+        pairs = [
+            (thread.submit(_ours, executor, sequences).result(), next(theirs)) for _ in range(steps)
+        ]
     return Row(
-        model=name,
+        model=names[0],
         backend=backend_of(executor),
-        dtype=executor.pool.geometry.dtype,
+        dtype=names[1],
         batch=batch,
         context=context,
         prefill=statistics.median(prefill),

@@ -9,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers.utils import logging
 
 import demo_model
+from baton import cores
 from baton.errors import ModelError
 from engine import ceilings
 from engine.bench import beside, plots
@@ -37,7 +37,7 @@ class Options:
     model: Path | None
     shape: tuple[str, ...]  # names in models.SHAPES, or demo
     dtype: tuple[str, ...]
-    threads: int  # 0: as torch likes
+    threads: int  # 0: as many as there are cores
     repeats: int
     kv_memory: int  # bytes; passes that need more are left out
     compare: tuple[str, ...]  # transformers, torch
@@ -106,14 +106,14 @@ def _measure(
     """One model in one format, on each backend that is asked for; the fit is of the first."""
     with ExitStack() as stack:
         executors: list[TorchExecutor] = []
-        for backend in ("auto", "torch") if "torch" in options.compare else ("auto",):
+        for backend in _backends(dtype, options):
             progress(f"loading, backend {backend}")
             executor = stack.enter_context(_loaded(path, dtype, backend, options))
             if backend_of(executor) not in map(backend_of, executors):
                 executors.append(executor)
         first = executors[0]
-        count = _count(path, first)
-        threads = torch.get_num_threads()
+        weights, threads = weights_of(first, dtype), _threads(options)
+        count = _count(path, weights, first)
         before = _ceilings(threads, count, progress)
         wanted = shapes(first.capacity)
         timed = time_passes(executors, wanted, repeats=options.repeats, progress=progress)
@@ -121,8 +121,7 @@ def _measure(
         fit = fit_to(timed[0], first, f"{name} {dtype}", repeats=options.repeats)
         best = before.or_better(_ceilings(threads, count, progress))
         setups = [
-            Setup("baton", backend_of(executor), name, weights_of(executor), threads)
-            for executor in executors
+            Setup("baton", backend_of(executor), name, weights, threads) for executor in executors
         ]
     records = plain(Setup("machine", "", name, "", threads), "ceilings", _values(best))
     records += plain(setups[0], "cost", _costs(fit))
@@ -138,7 +137,7 @@ def _loaded(path: Path, dtype: str, backend: str, options: Options) -> Iterator[
         path,
         backend,
         dtype=dtype,
-        threads=options.threads,
+        threads=_threads(options),
         kv_memory=options.kv_memory,
         host_kv_memory=_HOST_KV_MEMORY,
         max_batch_tokens=_MAX_TOKENS,
@@ -150,10 +149,19 @@ def _loaded(path: Path, dtype: str, backend: str, options: Options) -> Iterator[
         executor.close()
 
 
-def _count(path: Path, executor: TorchExecutor) -> ModelCount | None:
+def _backends(dtype: str, options: Options) -> tuple[str, ...]:
+    """Plain torch has no int8."""
+    return ("auto", "torch") if "torch" in options.compare and dtype != "int8" else ("auto",)
+
+
+def _threads(options: Options) -> int:
+    return options.threads or cores.available()
+
+
+def _count(path: Path, weights: str, executor: TorchExecutor) -> ModelCount | None:
     """None where the family is not known: its passes are timed all the same."""
     try:
-        return ModelCount.at(path, weights_of(executor), executor.pool.geometry.dtype)
+        return ModelCount.at(path, weights, executor.pool.geometry.dtype)
     except ModelError:
         return None
 
@@ -178,11 +186,11 @@ def _beside(
     path: Path, name: str, dtype: str, options: Options, progress: Progress
 ) -> list[Record]:
     rows = beside.measure(
-        path, name, dtype, steps=options.steps, threads=options.threads, progress=progress
+        path, name, dtype, steps=options.steps, threads=_threads(options), progress=progress
     )
     records = []
     for row in rows:
-        setup = Setup("baton", row.backend, name, row.dtype, torch.get_num_threads())
+        setup = Setup("baton", row.backend, name, row.dtype, _threads(options))
         values = {"seconds": row.step, "transformers_seconds": row.reference_step}
         records += plain(
             setup, "beside", values, tokens=row.batch, batch=row.batch, context=row.context

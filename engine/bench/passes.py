@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -113,14 +115,17 @@ def time_passes(
     seconds: list[list[list[float]]] = [[[] for _ in wanted] for _ in executors]
     order = list(range(len(wanted)))
     chooser = random.Random(0)
-    for turn in range(repeats + 1):  # the first is for caches to fill
-        chooser.shuffle(order)
-        for done, place in enumerate(order):
-            progress(f"pass {done + 1} of {len(wanted)}, round {turn} of {repeats}")
-            for executor, mine, taken in zip(executors, plans, seconds, strict=True):
-                result = executor.execute(mine[place])
-                if turn:
-                    taken[place].append(result.seconds)
+    with ExitStack() as stack:
+        # A thread for each executor: torch keeps the number of its threads per calling thread.
+        threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in executors]
+        for turn in range(repeats + 1):  # the first is for caches to fill
+            chooser.shuffle(order)
+            for done, place in enumerate(order):
+                progress(f"pass {done + 1} of {len(wanted)}, round {turn} of {repeats}")
+                for which, executor in enumerate(executors):
+                    result = threads[which].submit(executor.execute, plans[which][place]).result()
+                    if turn:
+                        seconds[which][place].append(result.seconds)
     return [
         [
             TimedPass(shape, StepRecord.of(plan, statistics.median(found)), min(found))
