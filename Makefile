@@ -14,9 +14,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	@touch $@ $(VENV)/.compiled
+
+# The compiled CPU backend, again when its sources change; without a compiler torch does its work.
+$(VENV)/.compiled: setup.py $(wildcard engine/native/src/*) | $(VENV)/.installed
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-install: $(VENV)/.installed ## make the environment
+install: $(VENV)/.installed $(VENV)/.compiled ## make the environment, and build what is compiled
 
 demo: install ## start a local cluster and stream answers from the demo model
 	$(BIN)/baton demo

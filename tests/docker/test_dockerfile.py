@@ -32,7 +32,8 @@ def test_every_package_is_copied_and_let_through():
     let_through = {
         line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
     }
-    assert let_through == packages() | {"constraints.txt", "pyproject.toml", "README.md"}
+    build = {"constraints.txt", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md"}
+    assert let_through == packages() | build
 
 
 def test_what_is_copied_is_there():
