@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from prometheus_client import CollectorRegistry
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig
 
 from baton import config
 from baton.client import Client
@@ -25,6 +27,7 @@ from gateway.metrics import GatewayMetrics
 from prefill_worker.main import PrefillServer
 from tests.e2e.answers import CONTEXT
 from tests.engine.conftest import CONFIGS, VOCAB, TinyModel, save_model
+from tests.engine.test_hf import LIMIT, SERVED
 
 
 @dataclass
@@ -44,6 +47,12 @@ class Stack:
         async with Client(self.address) as client:
             yield client
 
+    def decoded(self, metric: str, **labels: str) -> float:
+        """What the first decode worker tells Prometheus as `baton_decode_{metric}`."""
+        value = self.decode_metrics[0].get_sample_value(f"baton_decode_{metric}", labels)
+        assert value is not None, metric
+        return value
+
     async def quiet(self) -> None:
         """Wait until no worker holds a block, a slot or a lease."""
         async with asyncio.timeout(10):
@@ -61,62 +70,56 @@ class Stack:
 Run = Callable[..., Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_stack(redis_url: str) -> Run:
     """`async with run_stack(model_path, prefill=1, decode=1, **worker_settings) as stack`."""
 
-    @asynccontextmanager
-    async def run(
-        model: Path,
-        *,
-        prefill: int = 1,
-        decode: int = 1,
-        gateway_settings: dict[str, Any] | None = None,
-        decode_settings: dict[str, Any] | None = None,
-        **worker: Any,
-    ) -> AsyncIterator[Stack]:
-        shared = {
-            "model": model,
-            "redis_url": redis_url,
-            "pool": f"e2e-{uuid.uuid4().hex[:8]}",
-            "address": "127.0.0.1:0",
-        }
-        worker = {"threads": 1, "kv_memory": 2**22, **shared, **worker}
-        async with AsyncExitStack() as exits:
-
-            async def start(server: Any, *stop: float) -> Any:
-                await server.start()
-                exits.push_async_callback(server.stop, *stop)
-                return server
-
-            registries = [CollectorRegistry() for _ in range(decode)]
-            # Stopped in reverse: the gateway first, while its workers are still there.
-            decoders = [
-                await start(
-                    DecodeServer(
-                        config.load(config.DecodeConfig, worker | (decode_settings or {})),
-                        registry,
-                    ),
-                    0.0,
-                )
-                for registry in registries
-            ]
-            prefillers = [
-                await start(
-                    PrefillServer(config.load(config.PrefillConfig, worker), CollectorRegistry()),
-                    0.0,
-                )
-                for _ in range(prefill)
-            ]
-            settings = config.load(config.GatewayConfig, shared | (gateway_settings or {}))
-            registry = CollectorRegistry()
-            gateway = await start(GatewayServer(settings, model, GatewayMetrics(registry)), 0.0)
-            stack = Stack(gateway.address, gateway, prefillers, decoders, registry, registries)
-            async with stack.client() as client:
-                await _until_it_answers(client)
-            yield stack
+    def run(model: Path, **settings: Any) -> AbstractAsyncContextManager[Stack]:
+        return _run(redis_url, model, **settings)
 
     return run
+
+
+@asynccontextmanager
+async def _run(
+    redis_url: str,
+    model: Path,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    gateway_settings: dict[str, Any] | None = None,
+    decode_settings: dict[str, Any] | None = None,
+    **worker: Any,
+) -> AsyncIterator[Stack]:
+    shared = {
+        "model": model,
+        "redis_url": redis_url,
+        "pool": f"e2e-{uuid.uuid4().hex[:8]}",
+        "address": "127.0.0.1:0",
+    }
+    worker = {"threads": 1, "kv_memory": 2**22, **shared, **worker}
+    decode_config = config.load(config.DecodeConfig, worker | (decode_settings or {}))
+    prefill_config = config.load(config.PrefillConfig, worker)
+    gateway_config = config.load(config.GatewayConfig, shared | (gateway_settings or {}))
+    async with AsyncExitStack() as exits:
+
+        async def start(server: Any) -> Any:
+            await server.start()
+            exits.push_async_callback(server.stop, 0.0)
+            return server
+
+        registries = [CollectorRegistry() for _ in range(decode)]
+        # Stopped in reverse: the gateway first, while its workers are still there.
+        decoders = [await start(DecodeServer(decode_config, each)) for each in registries]
+        prefillers = [
+            await start(PrefillServer(prefill_config, CollectorRegistry())) for _ in range(prefill)
+        ]
+        registry = CollectorRegistry()
+        gateway = await start(GatewayServer(gateway_config, model, GatewayMetrics(registry)))
+        stack = Stack(gateway.address, gateway, prefillers, decoders, registry, registries)
+        async with stack.client() as client:
+            await _until_it_answers(client)
+        yield stack
 
 
 async def _until_it_answers(client: Client) -> None:
@@ -133,7 +136,29 @@ def name_every_token(path: Path) -> Path:
     return path
 
 
-# For the tests of the public API; others have models of their own.
+Named = Callable[[str], tuple[TinyModel, int]]
+
+
+@pytest.fixture(scope="session")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Named:
+    """The tiny random model of a name, and its context limit; made once."""
+    made: dict[str, tuple[TinyModel, int]] = {}
+
+    def make(name: str) -> tuple[TinyModel, int]:
+        if name not in made:
+            config = (
+                CONFIGS[name]() if name in CONFIGS else AutoConfig.for_model(name, **SERVED[name])
+            )
+            model = save_model(config, tmp_path_factory.mktemp(name))
+            name_every_token(model.path)
+            made[name] = model, LIMIT if name in SERVED else 128
+        return made[name]
+
+    return make
+
+
+# For the tests of the public API; others have models of their own. Tests of one module share a
+# cluster, and the event loop that it runs on.
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +172,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return made
 
 
-@pytest.fixture
-async def stack(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
     async with run_stack(model.path, dtype="float32", max_batch_tokens=64) as running:
         yield running
-        await running.quiet()
-        assert not running.gateway.gateway.sessions.waiting
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
+async def stack(running: Stack) -> AsyncIterator[Stack]:
+    """The cluster of the module, which no test may break, and each leaves as it found it."""
+    yield running
+    await running.quiet()
+    assert not running.gateway.gateway.sessions.waiting
+
+
+@pytest_asyncio.fixture(loop_scope="module")
 async def client(stack: Stack) -> AsyncIterator[Client]:
     async with stack.client() as connected:
         yield connected

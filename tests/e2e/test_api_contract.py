@@ -21,6 +21,8 @@ from tests.e2e.answers import DEMO, PROMPT, ask, status_of
 from tests.e2e.conftest import Run, Stack
 from tests.engine.conftest import TinyModel
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 LOOK = model_pb2.GetStatusRequest()
 
 

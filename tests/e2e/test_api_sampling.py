@@ -12,6 +12,8 @@ from tests.e2e.answers import PROMPT, ask
 from tests.e2e.conftest import Stack
 from tests.engine.conftest import TinyModel
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 async def test_seeds_are_echoed_and_repeatable(client: Client) -> None:
     for seed in (0, 1, 2**64 - 1):

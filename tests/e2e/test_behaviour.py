@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,34 +22,15 @@ from baton.errors import (
     Unsupported,
 )
 from baton.v1 import generation_pb2
-from tests.e2e.conftest import Run, Stack, name_every_token
-from tests.engine.conftest import CONFIGS, VOCAB, TinyModel, save_model
+from tests.e2e.answers import CONTEXT
+from tests.e2e.conftest import Run, Stack
+from tests.engine.conftest import VOCAB, TinyModel
 
 REPORT_INTERVAL = GatewayConfig.model_fields["report_interval"].default
 LONG = 1000
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """A tiny Llama with room for long outputs."""
-    path = tmp_path_factory.mktemp("llama")
-    config = CONFIGS["llama"]()
-    config.max_position_embeddings = 2048
-    made = save_model(config, path)
-    name_every_token(path)
-    return made
-
-
-@pytest.fixture
-async def stack(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
-    async with run_stack(model.path, dtype="float32", max_batch_tokens=64) as running:
-        yield running
-
-
-@pytest.fixture
-async def client(stack: Stack) -> AsyncIterator[Client]:
-    async with stack.client() as connected:
-        yield connected
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def read(stream: Any, tokens: int) -> list[int]:
@@ -164,7 +143,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"token_ids": {"ids": []}}, "token_ids"),
     "empty text": ({"prompt": ""}, "prompt"),
     "id out of range": ({"token_ids": {"ids": [VOCAB]}}, "token_ids"),
-    "prompt over the context": ({"token_ids": {"ids": [5] * 2100}}, "token_ids"),
+    "prompt over the context": ({"token_ids": {"ids": [5] * (CONTEXT + 50)}}, "token_ids"),
     "max_tokens 0": ({"stopping": {"max_tokens": 0}}, "stopping.max_tokens"),
     "NaN": ({"sampling": {"temperature": float("nan")}}, "sampling.temperature"),
     "negative": ({"sampling": {"temperature": -1}}, "sampling.temperature"),
@@ -206,13 +185,13 @@ async def test_ten_megabytes_of_prompt_are_refused_and_the_server_goes_on(client
 
 
 async def test_a_prefill_worker_that_leaves_is_replaced_by_local_prefill(
-    stack: Stack, client: Client, model: TinyModel
+    run_stack: Run, model: TinyModel
 ) -> None:
-    await stack.prefill[0].stop(0)
     prompt = list(range(20, 60))
-    model.assert_generates(
-        prompt, await read(client.generate(prompt, max_tokens=12, token_ids=True), 12)
-    )
+    async with run_stack(model.path, dtype="float32") as stack, stack.client() as client:
+        await stack.prefill[0].stop(0)
+        output = await read(client.generate(prompt, max_tokens=12, token_ids=True), 12)
+    model.assert_generates(prompt, output)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "seeded"])
@@ -262,7 +241,7 @@ async def test_counters_and_histograms_tell_what_happened(stack: Stack, client: 
 
 
 async def test_a_hundred_requests_of_all_kinds_leave_nothing_behind(
-    stack: Stack, client: Client, tmp_path: Path
+    stack: Stack, client: Client
 ) -> None:
     async def one(i: int) -> None:
         stream = client.generate(
