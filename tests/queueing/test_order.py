@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from itertools import count
 
 import pytest
@@ -12,17 +11,10 @@ from queueing import keys
 from queueing.contract import Claimed, Live, Outcome, Progress, Role, Submission
 from queueing.redis_queue import RedisGatewayQueue
 from queueing.settings import QueueSettings
-from tests.queueing.test_redis_queue import IDLE, Pool, record
+from tests.queueing.pool import IDLE, Pool, record
 
 FCFS = QueueSettings(policy="fcfs", levels=1, fairness_slack=0.5)
 SKIP_JOIN = QueueSettings(policy="skip-join-mlfq", fairness_slack=0.5, promote_after=1e6)
-
-
-@pytest.fixture
-async def cluster(redis_url: str, pool: str) -> AsyncIterator[Pool]:
-    cluster = Pool(redis_url, pool)
-    yield cluster
-    await cluster.close()
 
 
 class Line:
