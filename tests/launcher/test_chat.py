@@ -39,7 +39,7 @@ class Scripted(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Mod
         self.capabilities = ["chat"]
         self.error: Exception | None = None  # raised after the pieces
         self.hangs = False  # after the pieces
-        self.cancelled = asyncio.Event()
+        self.hanging, self.cancelled = asyncio.Event(), asyncio.Event()
 
     @property
     def asked(self) -> list[list[tuple[str, str]]]:
@@ -68,6 +68,7 @@ class Scripted(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Mod
         if self.error is not None:
             raise self.error
         if self.hangs:
+            self.hanging.set()
             try:
                 await asyncio.Event().wait()
             finally:
@@ -175,10 +176,11 @@ async def test_stopping_an_answer_cancels_it_at_the_server_and_keeps_what_came(
     answering = asyncio.create_task(session.take("hi"))
     while answers.getvalue() != "Hello there.":
         await asyncio.sleep(0.01)
+    await script.hanging.wait()
     answering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await answering
-    await asyncio.wait_for(script.cancelled.wait(), 5)
+    await asyncio.wait_for(script.cancelled.wait(), 30)
     assert notes.getvalue() == "9 prompt + 8 output tokens · stopped\n"
     script.hangs = False
     await session.take("go on")
@@ -267,7 +269,7 @@ class Typed:
     def write(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
-    async def wait_for(self, text: str, seconds: float = 30) -> None:
+    async def wait_for(self, text: str, seconds: float = 60) -> None:
         """Wait until `text` is shown, and forget what was before it."""
         end = time.monotonic() + seconds
         while text not in self.shown:
@@ -294,16 +296,18 @@ async def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(
         await typed.wait_for("> ")
         typed.write("hi\r")
         await typed.wait_for("Hello")
+        # The client may have the pieces before the handler goes on: it must be where it hangs.
+        await asyncio.wait_for(script.hanging.wait(), 30)
         typed.process.send_signal(signal.SIGINT)
         await typed.wait_for("stopped")
-        await asyncio.wait_for(script.cancelled.wait(), 5)
+        await asyncio.wait_for(script.cancelled.wait(), 30)
         await typed.wait_for("> ")
         script.hangs, script.error = False, Overloaded("full", subject="queue")
         typed.write("again\r")
         await typed.wait_for("RESOURCE_EXHAUSTED: full")
         await typed.wait_for("> ")
         typed.write("\x04")
-        assert await asyncio.to_thread(typed.process.wait, 10) == 0
+        assert await asyncio.to_thread(typed.process.wait, 30) == 0
     finally:
         typed.close()
 
