@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ import click
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
-from baton import cores, rpc, wire
-from baton.internal.v1 import worker_pb2, worker_pb2_grpc
-from baton.types import Claim, Request, Sampling, Stopping
+from baton import cores, rpc
+from baton.internal.v1 import worker_pb2_grpc
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -139,13 +138,8 @@ class Clocks:
 @click.option("--shape", default="135m", show_default=True, type=click.Choice(list(SHAPES)))
 @click.option("--model", type=click.Path(path_type=Path), help="a model directory instead")
 @click.option("--out", type=click.Path(path_type=Path), help="folder for host-work.json")
-@click.option("--client", hidden=True, help="be the client of the worker at this address")
 def main(**options: Any) -> None:
     """Time the parts of a decode worker's step."""
-    sizes = [options[name] for name in ("batch", "prompt", "tokens")]
-    if options["client"]:
-        asyncio.run(take(options["client"], *sizes, options["temperature"]))
-        return
     with tempfile.TemporaryDirectory() as directory:
         path, name = options["model"], options["model"] and options["model"].name
         if path is None:
@@ -215,44 +209,14 @@ async def serve(worker: DecodeWorker, options: dict[str, Any]) -> None:
     worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeService(worker), server.grpc)
     await server.start(("baton.internal.v1.DecodeService",))
     worker.engine.start()
-    arguments = [f"--client={server.address}"]
-    arguments += [f"--{n}={options[n]}" for n in ("batch", "prompt", "tokens", "temperature")]
-    client = await asyncio.create_subprocess_exec(sys.executable, __file__, *arguments)
+    script = Path(__file__).with_name("decode_client.py")
+    sizes = [str(options[name]) for name in ("batch", "prompt", "tokens", "temperature")]
+    client = await asyncio.create_subprocess_exec(sys.executable, script, server.address, *sizes)
     code = await client.wait()
     await worker.stop()
     await server.stop(0)
     if code:
         raise RuntimeError(f"the client failed with exit code {code}")
-
-
-async def take(address: str, batch: int, prompt: int, tokens: int, temperature: float) -> None:
-    """Be the gateway: ask for `batch` sequences at once, and take their tokens."""
-    left, done = set(range(batch)), asyncio.Event()
-
-    async def commands() -> AsyncIterator[worker_pb2.DecodeRequest]:
-        yield worker_pb2.DecodeRequest(hello=worker_pb2.Hello(gateway_id="benchmark"))
-        for slot in range(batch):
-            request = Request(
-                f"request-{slot}",
-                tuple(3 + (slot * 7 + place) % 900 for place in range(prompt)),
-                Sampling(temperature=temperature, seed=slot),
-                Stopping(max_tokens=tokens),
-            )
-            start = worker_pb2.StartRequest(
-                slot=slot,
-                request=wire.request_to_proto(request, now=0.0),
-                claim=wire.claim_to_proto(Claim(slot)),
-                local_prefill=True,
-            )
-            yield worker_pb2.DecodeRequest(start=start)
-        await done.wait()
-
-    async with rpc.channel(address) as channel:
-        stream = worker_pb2_grpc.DecodeServiceStub(channel).Decode(commands())
-        async for message in stream:
-            left -= {output.slot for output in message.outputs if output.finish_reason}
-            if not left:
-                done.set()
 
 
 def table(records: list[Record]) -> Table:
