@@ -9,6 +9,7 @@ import pytest
 
 from baton.types import Request, Sampling, Stopping
 from scheduling.plan import Capacity
+from tests.scheduling.worker import Worker
 
 MakeRequest = Callable[..., Request]
 
@@ -33,3 +34,9 @@ def make_request() -> MakeRequest:
 def capacity() -> Capacity:
     """Sixteen blocks of four tokens; passes of at most eight tokens and four sequences."""
     return Capacity(blocks=16, block_size=4, max_tokens=8, max_sequences=4, max_context=64)
+
+
+@pytest.fixture
+def worker(capacity: Capacity) -> Worker:
+    """A decode scheduler, first come first served, with an executor."""
+    return Worker(capacity)
