@@ -1,0 +1,100 @@
+"""The tables and the chart of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers.records import FLOOR, HIGHER_IS_BETTER, Case, Record, cases
+
+_UNITS = {"output_tokens_per_s": "output tokens/s", "ttft_s": "TTFT, ms", "tpot_s": "TPOT, ms"}
+_BATON, _OTHER, _FLOOR = "#1F77B4", "#BBBBBB", "#555555"
+
+
+def rows(records: Sequence[Record], case: Case, reference: str) -> list[tuple[str, str, str, str]]:
+    """System, median, how many times better `reference` is, share of the floor that it reaches;
+    the best first."""
+    medians = case.medians(records)
+    better = case.metric in HIGHER_IS_BETTER
+    names = sorted(medians, key=lambda name: medians[name], reverse=better)
+    return [
+        (
+            name,
+            _value(case, medians[name]),
+            _ratio(case.ratio(records, reference, name)),
+            _ratio(case.ratio(records, name, FLOOR)),
+        )
+        for name in names
+    ]
+
+
+def header(case: Case, reference: str) -> tuple[str, str, str, str]:
+    """Of the columns of `rows`."""
+    return ("system", _UNITS[case.metric], f"{reference} is times better", "of the floor")
+
+
+def title(case: Case) -> str:
+    """What a table or panel shows."""
+    return f"{case.shape} {case.precision} {case.workload}"
+
+
+def markdown(records: Sequence[Record], reference: str, notes: Sequence[str]) -> str:
+    """All tables as Markdown, then `notes`."""
+    parts = []
+    for case in cases(records):
+        parts.append(f"## {title(case)}: {_UNITS[case.metric]}\n")
+        lines = [header(case, reference), ("---", "---:", "---:", "---:")]
+        lines += rows(records, case, reference)
+        parts += [f"| {' | '.join(line)} |" for line in lines]
+        parts.append("")
+    return "\n".join([*parts, *(f"- {note}" for note in notes)]).rstrip() + "\n"
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """A panel per case with a bar per system. Needs matplotlib (the dependency group `bench`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = cases(records)
+    figure, axes = plt.subplots(
+        len(found), 1, squeeze=False, figsize=(7, 2.6 * len(found)), dpi=120
+    )
+    for axis, case in zip(axes.flat, found, strict=True):
+        medians = case.medians(records)
+        names = sorted(medians, key=lambda name: medians[name])
+        if case.metric not in HIGHER_IS_BETTER:
+            names.reverse()
+        values = [medians[name] for name in names]
+        axis.barh(names, values, color=[_color(name) for name in names], height=0.68)
+        for place, value in enumerate(values):
+            axis.annotate(
+                _value(case, value),
+                (value, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axis.set_title(f"{title(case)}: {_UNITS[case.metric]}", loc="left", fontsize=9)
+        axis.set_xticks([])
+        axis.margins(x=0.14)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _color(name: str) -> str:
+    if name == FLOOR:
+        return _FLOOR
+    return _BATON if name.startswith("baton") else _OTHER
+
+
+def _value(case: Case, value: float) -> str:
+    return f"{value:.0f}" if case.metric in HIGHER_IS_BETTER else f"{value * 1e3:.1f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
