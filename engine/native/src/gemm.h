@@ -19,6 +19,8 @@ constexpr int kPanel = 32;     // output columns of a panel
 constexpr int kTileRows = 32;  // most rows of a tile that a sink receives
 constexpr int kDepth = 64;     // k is padded to a multiple of it
 
+class Team;
+
 struct Packed {
   BatonFormat format = BATON_F32;
   int64_t n = 0, k = 0;           // as they were, without padding
@@ -51,11 +53,22 @@ struct GemmKernels {
   BatonFormat (*rows_format)(BatonFormat weights);
   // All rows of one panel.
   void (*panel)(const Packed& w, const Rows& x, int panel, const Sink& sink);
+  // All rows of `count` panels from panel `first` on: the same, and faster where x is larger than
+  // a cache.
+  void (*panels)(const Packed& w, const Rows& x, int first, int count, const Sink& sink);
   // Once per thread before its first `panel`, and after its last (AMX: tile configuration).
   void (*begin)();
   void (*end)();
 };
 
 const GemmKernels& gemm_kernels(BatonIsa isa);
+
+// Inside `team.run`, called by all threads between `begin` and `end`: the whole product. Draws
+// from `team.next`, so there must have been a meeting since others drew; ends without one.
+void multiply(const GemmKernels& kernels, const Packed& w, const Rows& x, Team& team, const Sink& sink);
+
+// A stride for rows of `depth` numbers that does not put all rows into the same few lines of a cache,
+// as multiples of a large power of two do.
+int64_t row_stride(int64_t depth, BatonFormat rows);
 
 }  // namespace baton

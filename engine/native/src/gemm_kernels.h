@@ -5,6 +5,8 @@
 // function for the whole library, and it may be theirs.
 #pragma once
 
+#include <cstddef>
+
 #include "gemm.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -16,12 +18,32 @@
 
 namespace baton {
 
-// Computes all rows of one panel.
-using PanelKernel = void (*)(const Packed& w, const Rows& x, int panel, const Sink& sink);
+// All rows of `count` panels, from panel `first` on.
+using PanelsKernel = void (*)(const Packed& w, const Rows& x, int first, int count, const Sink& sink);
 
-void f32_portable(const Packed& w, const Rows& x, int panel, const Sink& sink);
-void bf16_portable(const Packed& w, const Rows& x, int panel, const Sink& sink);
-void int8_portable(const Packed& w, const Rows& x, int panel, const Sink& sink);
+#define BATON_KERNEL(name) \
+  void name(const Packed& w, const Rows& x, int first, int count, const Sink& sink)
+
+BATON_KERNEL(f32_portable);
+BATON_KERNEL(bf16_portable);
+BATON_KERNEL(int8_portable);
+BATON_KERNEL(f32_avx2);
+BATON_KERNEL(bf16_avx2);
+BATON_KERNEL(int8_avx2);
+BATON_KERNEL(f32_avx512);
+BATON_KERNEL(bf16_avx512);
+BATON_KERNEL(int8_avx512);
+BATON_KERNEL(bf16_avx512_bf16);
+BATON_KERNEL(int8_avx512_vnni);
+BATON_KERNEL(bf16_amx);
+BATON_KERNEL(int8_amx);
+void begin_amx();
+void end_amx();
+
+#undef BATON_KERNEL
+
+// Memory of this thread, at least so much, until it asks again. Aligned to pages.
+void* scratch(size_t bytes);
 
 // The best instruction set that this library was compiled with kernels for.
 BatonIsa compiled_isa();

@@ -8,6 +8,10 @@ namespace {
 
 constexpr int kRows = 4;
 
+// Adds R rows of x times a panel to y.
+template <typename W, typename X, typename Y>
+using Tile = void (*)(const W* w, const X* const* x, int64_t depth, Y (*y)[kPanel]);
+
 template <int R>
 void f32_tile(const float* w, const float* const* x, int64_t depth, float (*y)[kPanel]) {
   for (int64_t k = 0; k < depth; k++, w += kPanel)
@@ -42,9 +46,7 @@ void int8_tile(const int8_t* w, const uint8_t* const* x, int64_t depth, int32_t 
     }
 }
 
-template <typename W, typename X, typename Y>
-using Tile = void (*)(const W* w, const X* const* x, int64_t depth, Y (*y)[kPanel]);
-
+// One panel: `full` takes kRows rows, `single` one, `finish` their sums.
 template <typename W, typename X, typename Y, typename Finish>
 void in_tiles(const Packed& w, const Rows& x, int panel, Tile<W, X, Y> full, Tile<W, X, Y> single,
               Finish finish) {
@@ -61,23 +63,16 @@ void in_tiles(const Packed& w, const Rows& x, int panel, Tile<W, X, Y> full, Til
   }
 }
 
-}  // namespace
-
-void f32_portable(const Packed& w, const Rows& x, int panel, const Sink& sink) {
-  in_tiles<float, float, float>(w, x, panel, f32_tile<kRows>, f32_tile<1>,
-                                [&](float (*tile)[kPanel], int first, int rows) {
-                                  sink.take(sink.self, tile[0], first, rows, panel);
-                                });
+template <typename W>
+void floats(const Packed& w, const Rows& x, int panel, const Sink& sink, Tile<W, float, float> full,
+            Tile<W, float, float> single) {
+  in_tiles<W, float, float>(w, x, panel, full, single,
+                            [&](float (*tile)[kPanel], int first, int rows) {
+                              sink.take(sink.self, tile[0], first, rows, panel);
+                            });
 }
 
-void bf16_portable(const Packed& w, const Rows& x, int panel, const Sink& sink) {
-  in_tiles<uint32_t, float, float>(w, x, panel, bf16_tile<kRows>, bf16_tile<1>,
-                                   [&](float (*tile)[kPanel], int first, int rows) {
-                                     sink.take(sink.self, tile[0], first, rows, panel);
-                                   });
-}
-
-void int8_portable(const Packed& w, const Rows& x, int panel, const Sink& sink) {
+void int8_panel(const Packed& w, const Rows& x, int panel, const Sink& sink) {
   const float* scales = w.scales + panel * kPanel;
   const int32_t* sums = w.sums + panel * kPanel;
   in_tiles<int8_t, uint8_t, int32_t>(
@@ -89,6 +84,22 @@ void int8_portable(const Packed& w, const Rows& x, int panel, const Sink& sink) 
             scaled[r][c] = static_cast<float>(tile[r][c] - sums[c]) * (scales[c] * x.scales[first + r]);
         sink.take(sink.self, scaled[0], first, rows, panel);
       });
+}
+
+}  // namespace
+
+void f32_portable(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
+  for (int panel = first; panel < first + count; panel++)
+    floats<float>(w, x, panel, sink, f32_tile<kRows>, f32_tile<1>);
+}
+
+void bf16_portable(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
+  for (int panel = first; panel < first + count; panel++)
+    floats<uint32_t>(w, x, panel, sink, bf16_tile<kRows>, bf16_tile<1>);
+}
+
+void int8_portable(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
+  for (int panel = first; panel < first + count; panel++) int8_panel(w, x, panel, sink);
 }
 
 }  // namespace baton

@@ -32,8 +32,7 @@ struct RowBuffer {
 
   RowBuffer(const float* x, int64_t m, int64_t k, int64_t depth, BatonFormat format)
       : scales(static_cast<size_t>(m)) {
-    int64_t size = format == BATON_F32 ? 4 : format == BATON_BF16 ? 2 : 1;
-    rows.stride = depth * size;
+    rows.stride = row_stride(depth, format);
     data = Memory(static_cast<size_t>(m * rows.stride));
     for (int64_t row = 0; row < m; row++) {
       char* to = data.as<char>() + row * rows.stride;
@@ -73,14 +72,6 @@ struct Output {
   }
 };
 
-void multiply(Team& team, const GemmKernels& kernels, const Packed& w, const Rows& x, Sink sink) {
-  team.run([&](int) {
-    kernels.begin();
-    for (int panel; (panel = team.next(w.panels_count())) >= 0;) kernels.panel(w, x, panel, sink);
-    kernels.end();
-  });
-}
-
 int multiply_packed(Team& team, BatonIsa isa, BatonFormat format, int64_t m, int64_t n, int64_t k,
                     const float* x, const float* w, float* y, int repeats, double* seconds) {
   const GemmKernels& kernels = gemm_kernels(isa);
@@ -95,8 +86,12 @@ int multiply_packed(Team& team, BatonIsa isa, BatonFormat format, int64_t m, int
   Output output{y, n};
   for (int i = 0; i < repeats; i++) {
     double start = seconds_now();
-    multiply(team, kernels, copies[static_cast<size_t>(i) % copies.size()].view(), rows.rows,
-             {Output::take, &output});
+    Packed copy = copies[static_cast<size_t>(i) % copies.size()].view();
+    team.run([&](int) {
+      kernels.begin();
+      baton::multiply(kernels, copy, rows.rows, team, {Output::take, &output});
+      kernels.end();
+    });
     if (seconds != nullptr) seconds[i] = seconds_now() - start;
   }
   return 0;

@@ -1,0 +1,237 @@
+// AMX: a step multiplies two tiles of 16 rows by two tiles of 16 columns, 64 bytes deep (32 inputs
+// in bfloat16, 64 in int8). A tile of weights is 16 lines of a panel, 128 bytes apart.
+#include "gemm_kernels.h"
+
+#if defined(BATON_X86_NEW)
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define BATON_TARGET "avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16,amx-int8"
+#include "target_begin.inc"
+
+namespace baton {
+namespace {
+
+#include "scale_avx512.inc"
+
+constexpr int64_t kStepBytes = 64 * kPanel;         // of a panel, in a step
+constexpr int kRowBytes = kPanel * 4;               // of a row of sums
+constexpr int64_t kRowsInCache = 1 << 20;           // bytes of x that stay in the second-level cache
+constexpr int64_t kBlockBytes = 512 << 10;          // else: of x in a block, and of sums beside it
+constexpr int kBlockRows = 512;
+constexpr int64_t kAhead = 4096;                    // bytes by which few rows prefetch weights
+
+// Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 weights.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// The rows that this thread's tiles are configured for.
+thread_local int configured_rows = 0;
+
+void configure(int rows) {
+  if (rows == configured_rows) return;
+  TileConfig config;
+  for (int tile = 0; tile < 8; tile++) config.row_bytes[tile] = 64;
+  int upper = rows < 16 ? rows : 16;
+  int lower = rows > 16 ? rows - 16 : 1;  // a tile has at least one; 16 rows use the upper ones only
+  config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper);
+  config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower);
+  config.rows[6] = config.rows[7] = 16;
+  _tile_loadconfig(&config);
+  configured_rows = rows;
+}
+
+// The intrinsics take the numbers of tiles as literals.
+#define BATON_MULTIPLY(sum, rows, weights) \
+  if constexpr (kInt8)                     \
+    _tile_dpbusd(sum, rows, weights);      \
+  else                                     \
+    _tile_dpbf16ps(sum, rows, weights);
+
+// A piece of work: `steps` steps of up to 32 rows and one panel. Weights are prefetched up to `end`.
+struct Piece {
+  const char* weights;
+  const char* end;
+  const char* x;
+  int64_t stride;
+  int rows;
+  int64_t steps;
+};
+
+template <bool kInt8>
+void steps_of_16(const Piece& piece) {
+  const char* w = piece.weights;
+  for (int64_t step = 0; step < piece.steps; step++, w += kStepBytes) {
+    const char* ahead = w + kAhead < piece.end ? w + kAhead : w;
+    for (int line = 0; line < kStepBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    _tile_loadd(6, w, 128);
+    _tile_loadd(4, piece.x + step * 64, piece.stride);
+    BATON_MULTIPLY(0, 4, 6)
+    _tile_loadd(7, w + 64, 128);
+    BATON_MULTIPLY(1, 4, 7)
+  }
+}
+
+template <bool kInt8>
+void steps_of_32(const Piece& piece) {
+  const char* w = piece.weights;
+  const char* lower = piece.x + 16 * piece.stride;
+  for (int64_t step = 0; step < piece.steps; step++, w += kStepBytes) {
+    _tile_loadd(6, w, 128);
+    _tile_loadd(4, piece.x + step * 64, piece.stride);
+    _tile_loadd(7, w + 64, 128);
+    BATON_MULTIPLY(0, 4, 6)
+    BATON_MULTIPLY(1, 4, 7)
+    _tile_loadd(5, lower + step * 64, piece.stride);
+    BATON_MULTIPLY(2, 5, 6)
+    BATON_MULTIPLY(3, 5, 7)
+  }
+}
+
+void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+void load_sums(const char* upper, bool two) {
+  _tile_loadd(0, upper, kRowBytes);
+  _tile_loadd(1, upper + 64, kRowBytes);
+  if (!two) return;
+  const char* lower = upper + 16 * kRowBytes;
+  _tile_loadd(2, lower, kRowBytes);
+  _tile_loadd(3, lower + 64, kRowBytes);
+}
+
+void store_sums(char* upper, bool two) {
+  _tile_stored(0, upper, kRowBytes);
+  _tile_stored(1, upper + 64, kRowBytes);
+  if (!two) return;
+  char* lower = upper + 16 * kRowBytes;
+  _tile_stored(2, lower, kRowBytes);
+  _tile_stored(3, lower + 64, kRowBytes);
+}
+
+// Adds a piece to the sums in `tile` [rows][kPanel], or to nothing if it is the first.
+template <bool kInt8>
+void add(const Piece& piece, bool first, char* tile) {
+  bool two = piece.rows > 16;
+  configure(piece.rows);
+  if (first)
+    zero_sums();
+  else
+    load_sums(tile, two);
+  if (two)
+    steps_of_32<kInt8>(piece);
+  else
+    steps_of_16<kInt8>(piece);
+  store_sums(tile, two);
+}
+
+void finish(const Packed& w, const Rows& x, char* sums, int first, int rows, int panel,
+            const Sink& sink) {
+  float* tile = reinterpret_cast<float*>(sums);
+  if (w.format == BATON_INT8)
+    for (int r = 0; r < rows; r++) {
+      float* row = tile + r * kPanel;
+      scale(w, panel, x.scales[first + r], _mm512_loadu_si512(row), _mm512_loadu_si512(row + 16), row);
+    }
+  sink.take(sink.self, tile, first, rows, panel);
+}
+
+int rows_from(int first, int end) { return end - first < kTileRows ? end - first : kTileRows; }
+
+template <bool kInt8>
+Piece piece_of(const Packed& w, const Rows& x, int panel, int end_panel, int64_t step, int64_t steps,
+               int first, int rows) {
+  const char* panels = static_cast<const char*>(w.panels);
+  return {panels + panel * w.panel_bytes + step * kStepBytes,
+          panels + end_panel * w.panel_bytes,
+          static_cast<const char*>(x.data) + first * x.stride + step * 64,
+          x.stride,
+          rows,
+          steps};
+}
+
+// x stays in the cache while panel after panel passes it.
+template <bool kInt8>
+void whole_rows(const Packed& w, const Rows& x, int first_panel, int end_panel, const Sink& sink) {
+  alignas(64) char tile[kTileRows * kRowBytes];
+  int64_t steps = w.panel_bytes / kStepBytes;
+  for (int panel = first_panel; panel < end_panel; panel++)
+    for (int first = 0; first < x.count; first += kTileRows) {
+      int rows = rows_from(first, x.count);
+      add<kInt8>(piece_of<kInt8>(w, x, panel, end_panel, 0, steps, first, rows), true, tile);
+      finish(w, x, tile, first, rows, panel, sink);
+    }
+}
+
+// x is larger than the cache: a block of it, some rows and some of their depth, meets a group of
+// panels before the next one. Sums wait in memory meanwhile.
+template <bool kInt8>
+void blocks(const Packed& w, const Rows& x, int first_row, int end_row, int first_panel, int end_panel,
+            const Sink& sink) {
+  int64_t steps = w.panel_bytes / kStepBytes;
+  int64_t row_count = end_row - first_row;
+  int64_t steps_at_once = kBlockBytes / (row_count * 64);
+  int64_t sums_bytes = (row_count + kTileRows) * kRowBytes;
+  char* sums = static_cast<char*>(scratch(static_cast<size_t>((end_panel - first_panel) * sums_bytes)));
+  for (int64_t step = 0; step < steps; step += steps_at_once) {
+    int64_t count = steps - step < steps_at_once ? steps - step : steps_at_once;
+    for (int panel = first_panel; panel < end_panel; panel++) {
+      char* tile = sums + (panel - first_panel) * sums_bytes;
+      for (int first = first_row; first < end_row; first += kTileRows, tile += kTileRows * kRowBytes) {
+        int rows = rows_from(first, end_row);
+        add<kInt8>(piece_of<kInt8>(w, x, panel, end_panel, step, count, first, rows), step == 0, tile);
+        if (step + count == steps) finish(w, x, tile, first, rows, panel, sink);
+      }
+    }
+  }
+}
+
+template <bool kInt8>
+void multiply(const Packed& w, const Rows& x, int first_panel, int count, const Sink& sink) {
+  int end_panel = first_panel + count;
+  if (x.count * w.panel_bytes / kPanel <= kRowsInCache) {
+    whole_rows<kInt8>(w, x, first_panel, end_panel, sink);
+    return;
+  }
+  constexpr int kGroup = kBlockBytes / (kBlockRows * kRowBytes);
+  for (int first_row = 0; first_row < x.count; first_row += kBlockRows) {
+    int end_row = x.count - first_row < kBlockRows ? x.count : first_row + kBlockRows;
+    for (int panel = first_panel; panel < end_panel; panel += kGroup) {
+      int group_end = end_panel - panel < kGroup ? end_panel : panel + kGroup;
+      blocks<kInt8>(w, x, first_row, end_row, panel, group_end, sink);
+    }
+  }
+}
+
+}  // namespace
+
+void bf16_amx(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
+  multiply<false>(w, x, first, count, sink);
+}
+
+void int8_amx(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
+  multiply<true>(w, x, first, count, sink);
+}
+
+void begin_amx() { configured_rows = 0; }
+
+// Without its tiles a thread is switched faster.
+void end_amx() {
+  if (configured_rows != 0) _tile_release();
+  configured_rows = 0;
+}
+
+}  // namespace baton
+
+#include "target_end.inc"
+
+#endif
