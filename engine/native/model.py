@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ class CompiledLlama:
         targets = torch.full((rows,), -1, dtype=torch.int32)
         if whole:
             targets[:whole] = torch.arange(whole, dtype=torch.int32)
-        spans = torch.tensor((batch.starts, batch.lengths), dtype=torch.int32)
+        spans = np.array((batch.starts, batch.lengths), dtype=np.int32)
         rotations, rotation_rows = self._rotate(batch)
         view = BatchView(
             tokens=len(batch.token_ids),
@@ -90,8 +91,8 @@ class CompiledLlama:
             width=batch.block_tables.shape[1],
             token_ids=batch.token_ids.data_ptr(),
             slots=batch.slots.data_ptr(),
-            starts=spans.data_ptr(),
-            lengths=spans[1].data_ptr(),
+            starts=spans.ctypes.data,
+            lengths=spans[1].ctypes.data,
             tables=batch.block_tables.data_ptr(),
             rotations=rotations.data_ptr(),
             rotation_rows=rotation_rows.data_ptr(),
