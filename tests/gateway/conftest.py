@@ -1,118 +1,29 @@
-"""Small tokenizers of every kind, a model directory, and workers that follow a script."""
+"""A model directory without weights, and clusters of a gateway and scripted workers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from tokenizers import Tokenizer
 
-from baton import wire
 from baton.client import Client
 from baton.config import GatewayConfig
-from baton.errors import Unavailable
-from baton.internal.v1 import worker_pb2, worker_pb2_grpc
-from baton.rpc import Server
-from baton.types import Load
-from baton.v1.generation_pb2 import FINISH_REASON_LENGTH, TokenLogprob
 from gateway.main import GatewayServer
 from gateway.metrics import GatewayMetrics
 from gateway.tokenizer import Tokenizer as ModelTokenizer
-from queueing.contract import Progress, Registration, Role
-from queueing.redis_queue import RedisWorkerQueue
-
-CORPUS = [
-    "The quick brown fox jumps over the lazy dog. It's a test, isn't it?",
-    "Быстрая коричневая лиса прыгает через ленивую собаку.",
-    "敏捷的棕色狐狸跳过懒狗。",
-    "def run(x: int) -> int:\n    return x + 1\n",
-    "naïve café — “quotes” … emoji 🙂 👩‍👩‍👧 é ñ ü",
-] * 4
+from tests.gateway.tokenizers import KINDS, byte_level
+from tests.gateway.workers import FakeDecode, FakePrefill, FakeWorker, scripted_token
 
 CHAT_TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}
 {% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
 <|{{ message.role }}|>{{ message.content }}{% endfor %}
 {% if add_generation_prompt %}<|assistant|>{% endif %}"""
-
-
-def byte_level() -> Tokenizer:
-    """GPT-2's kind."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-    )
-    return tokenizer
-
-
-def byte_fallback() -> Tokenizer:
-    """Llama 2's kind: SentencePiece with bytes for what is not in the vocabulary."""
-    words = ["▁the", "▁a", "▁", "s", "t", "h", "e", "a", "l", "o", "w", "r", "d", ".", "é"]
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for word in words:
-        vocab.setdefault(word, len(vocab))
-    for pair in ["th", "the", "▁t", "▁th"]:
-        vocab.setdefault(pair, len(vocab))
-    merges = [("t", "h"), ("▁", "a"), ("▁", "th")]
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
-    return tokenizer
-
-
-def word_piece() -> Tokenizer:
-    """BERT's kind."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=["[UNK]", "[SEP]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "byte-level": byte_level,
-    "byte-fallback": byte_fallback,
-    "word-piece": word_piece,
-}
 
 
 @pytest.fixture(scope="session")
@@ -146,244 +57,6 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content))
     return directory
-
-
-# Workers without a model: real gRPC servers in the real registry, whose tokens follow a script.
-
-
-def scripted_token(position: int) -> int:
-    """The output token at `position` of a sequence, whatever the prompt: byte-level letters."""
-    return 5 + 65 + position % 26  # the alphabet follows five special tokens; 65 is "a"-ish
-
-
-class FakeWorker:
-    """What both kinds share: a server, a place in the registry, batched reports."""
-
-    def __init__(self, role: Role, worker_id: str, redis_url: str, pool: str) -> None:
-        self.role, self.id = role, worker_id
-        self.held: dict[str, tuple[int, int]] = {}  # request id: fence, generated
-        self.address = ""
-        self.capacity_tokens = 10_000
-        self.free_blocks = 1000
-        self.batch_sequences: int | None = None
-        self._redis_url, self._pool = redis_url, pool
-
-    def add_to(self, server: Server) -> None:
-        raise NotImplementedError
-
-    async def start(self) -> FakeWorker:
-        self.server = Server("127.0.0.1:0")
-        self.address = self.server.address
-        self.add_to(self.server)
-        await self.server.start([])
-        registration = Registration(
-            id=self.id,
-            role=self.role,
-            address=self.address,
-            layout_digest="layout",
-            model="weights",
-            capacity_tokens=self.capacity_tokens,
-            capacity_blocks=1000,
-            max_context=200,
-            batch_sequences=self.batch_sequences,
-        )
-        self.queue = RedisWorkerQueue(self._redis_url, self._pool, registration, worker_ttl=0.6)
-        await self.queue.register()
-        self._reports = asyncio.create_task(self._report())
-        return self
-
-    def load(self) -> Load:
-        return Load(len(self.held), 0, self.free_blocks, 1000)
-
-    async def _report(self) -> None:
-        while True:
-            progress = [Progress(id, f, n, 0.0) for id, (f, n) in self.held.items()]
-            if await self.queue.report(progress, self.load()) is None:
-                await self.queue.register()
-            await asyncio.sleep(0.1)
-
-    async def freeze(self) -> None:
-        """Stop reporting without closing anything."""
-        self._reports.cancel()
-        await asyncio.gather(self._reports, return_exceptions=True)
-
-    async def kill(self) -> None:
-        """Die without a word."""
-        await self.freeze()
-        await self.server.stop(0)
-        await self.queue.close()
-
-    async def stop(self) -> None:
-        """Leave in order."""
-        await self.queue.deregister()
-        await self.kill()
-
-
-class FakePrefill(FakeWorker, worker_pb2_grpc.PrefillServiceServicer):
-    """Answers the first token after `delay`; raises the next of `failures` instead."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(Role.PREFILL, *args)
-        self.delay = 0.0
-        self.failures: list[Exception] = []
-        self.requests: list[worker_pb2.PrefillRequest] = []
-        self.cancelled = 0
-
-    def add_to(self, server: Server) -> None:
-        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self, server.grpc)
-
-    async def Prefill(self, request, context):
-        self.requests.append(request)
-        if self.failures:
-            raise self.failures.pop(0)
-        work = request.request
-        prior = len(work.prior_outputs[0].token_ids) if work.prior_outputs else 0
-        self.held[work.request_id] = (request.claim.fence, prior)
-        try:
-            tokens = len(work.prompt_token_ids) + prior
-            yield worker_pb2.PrefillResponse(
-                leased=worker_pb2.KvRef(lease_id=b"x" * 16, blocks=1, tokens=tokens)
-            )
-            await asyncio.sleep(self.delay)
-            prefilled = worker_pb2.Prefilled(
-                first=first_output(work, prior), computed=wire.duration(0.25)
-            )
-            if work.HasField("prompt_logprobs"):
-                prefilled.prompt_logprobs.extend(
-                    TokenLogprob(token_id=t, logprob=-1.0 if i else None)
-                    for i, t in enumerate(work.prompt_token_ids)
-                )
-            yield worker_pb2.PrefillResponse(prefilled=prefilled)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        finally:
-            self.held.pop(work.request_id, None)
-
-
-def first_output(work, prior: int) -> worker_pb2.StepOutput:
-    output = worker_pb2.StepOutput(token_ids=[scripted_token(prior)])
-    if prior + 1 == work.max_tokens:
-        output.finish_reason = FINISH_REASON_LENGTH
-    return output
-
-
-@dataclass
-class FakeSlot:
-    work: worker_pb2.EngineRequest
-    fence: int
-    done: list[int]  # output tokens by sequence
-    running: bool = False
-
-
-class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
-    """One token per sequence and step until max_tokens."""
-
-    def __init__(self, *args) -> None:
-        super().__init__(Role.DECODE, *args)
-        self.step = 0.002
-        self.paused = False
-        self.refusals: list[int] = []  # code of the next SlotFailed
-        self.refusing = False
-        self.dies_after: int | None = None  # steps until the stream breaks
-        self.slots: dict[int, FakeSlot] = {}
-        self.started: list[worker_pb2.StartRequest] = []
-        self.attached: list[int] = []
-        self.aborted: list[int] = []
-        self.unwanted: list[tuple[int, list[int]]] = []  # slot, sequences
-        self.logprobs = False
-
-    def add_to(self, server: Server) -> None:
-        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server.grpc)
-
-    async def Decode(self, request_iterator, context):
-        self.slots.clear()
-        events: list[worker_pb2.SlotEvent] = []
-        reader = asyncio.create_task(self._read(request_iterator, events))
-        try:
-            yield worker_pb2.DecodeResponse(load=wire.load_to_proto(self.load()))
-            while True:
-                await asyncio.sleep(self.step)
-                message = worker_pb2.DecodeResponse(load=wire.load_to_proto(self.load()))
-                message.events.extend(events)
-                events.clear()
-                if not self.paused:
-                    message.outputs.extend(self._advance())
-                if message.events or message.outputs:
-                    yield message
-                if self.dies_after is not None and message.outputs:
-                    self.dies_after -= 1
-                    if self.dies_after <= 0:
-                        self.dies_after = None
-                        raise Unavailable("died")
-        finally:
-            reader.cancel()
-            self.slots.clear()
-            self.held.clear()
-
-    async def _read(self, requests, events) -> None:
-        async for message in requests:
-            match message.WhichOneof("command"):
-                case "start":
-                    self._start(message.start, events)
-                case "attach":
-                    self.attached.append(message.attach.slot)
-                case "activate" if slot := self.slots.get(message.activate.slot):
-                    slot.fence = message.activate.claim.fence
-                    slot.done[0] += 1
-                    slot.running = True
-                    self.held[slot.work.request_id] = (slot.fence, sum(slot.done))
-                case "abort_sequences":
-                    told = message.abort_sequences
-                    self.unwanted.append((told.slot, [*told.indices]))
-                case "abort":
-                    self.aborted.extend(message.abort.slots)
-                    for number in message.abort.slots:
-                        self._drop(number)
-
-    def _start(self, start, events) -> None:
-        self.started.append(start)
-        code = 8 if self.refusing else self.refusals.pop(0) if self.refusals else None
-        if code is not None:
-            failed = worker_pb2.SlotFailed(code=code, message="refused")
-            events.append(worker_pb2.SlotEvent(slot=start.slot, failed=failed))
-            return
-        work, n = start.request, start.request.sampling.n
-        done = [len(prior.token_ids) for prior in work.prior_outputs] or [0] * n
-        slot = FakeSlot(work, start.claim.fence, done, running=start.local_prefill)
-        self.slots[start.slot] = slot
-        if start.local_prefill:
-            self.held[work.request_id] = (slot.fence, sum(done))
-        reserved = worker_pb2.Reserved()
-        events.append(worker_pb2.SlotEvent(slot=start.slot, reserved=reserved))
-
-    def _drop(self, number: int) -> None:
-        if slot := self.slots.pop(number, None):
-            self.held.pop(slot.work.request_id, None)
-
-    def _advance(self) -> list[worker_pb2.StepOutput]:
-        outputs = []
-        for number, slot in list(self.slots.items()):
-            if not slot.running:
-                continue
-            limit = slot.work.max_tokens
-            for index, done in enumerate(slot.done):
-                prior = slot.work.prior_outputs[index] if slot.work.prior_outputs else None
-                if done >= limit or (prior and prior.finished):
-                    continue
-                output = worker_pb2.StepOutput(
-                    slot=number, index=index, token_ids=[scripted_token(done)]
-                )
-                if slot.work.HasField("logprobs"):
-                    output.logprobs.add(token_id=scripted_token(done), logprob=-0.5, rank=1)
-                slot.done[index] += 1
-                if slot.done[index] == limit:
-                    output.finish_reason = FINISH_REASON_LENGTH
-                outputs.append(output)
-            self.held[slot.work.request_id] = (slot.fence, sum(slot.done))
-            if all(done >= limit for done in slot.done):
-                self._drop(number)
-        return outputs
 
 
 class Cluster:
@@ -464,9 +137,9 @@ async def cluster(redis_url: str, pool: str, model_directory: Path):
 
 @pytest.fixture
 async def pair(cluster: Cluster):
-    """The usual cluster: a gateway, a prefill worker, a decode worker."""
-    await cluster.start()
+    """The usual cluster: a prefill worker, a decode worker, and a gateway that finds them."""
     cluster.p, cluster.d = await cluster.prefill(), await cluster.decode()
+    await cluster.start()
     await cluster.ready()
     return cluster
 

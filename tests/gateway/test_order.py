@@ -57,7 +57,7 @@ class Rush:
 async def rush(cluster, request):
     """A gateway and one decode worker, which stands still."""
     await cluster.start(**getattr(request, "param", FCFS))
-    worker = await cluster.decode(batch_sequences=BATCH, paused=True)
+    worker = await cluster.decode(batch_sequences=BATCH, paused=True, worker_ttl=5.0)
     await cluster.ready()
     return Rush(cluster, worker)
 
