@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from queueing.embedded import find_servers
 
 SECONDS = 60.0  # for anything that must happen, on a machine with other things to do
 WORKER_TTL = 1.5
-PARTS = ("gateway-0", "gateway-1", "prefill-0", "decode-0", "decode-1")
+WORKERS = ("prefill-0", "decode-0", "decode-1")
+PARTS = ("gateway-0", "gateway-1", *WORKERS)
 LONG_PROMPT = tuple(range(5, 805))
 PROMPTS: tuple[str | tuple[int, ...], ...] = (
     "What does len do?",
@@ -134,27 +134,29 @@ class Parts:
             if not part.running:
                 part.start()
         for gateway in ("gateway-0", "gateway-1"):
-            await eventually(lambda gateway=gateway: self._sees_all(gateway))
+            await eventually(lambda gateway=gateway: self._sees(gateway, {*WORKERS}))
             async with self.client(gateway) as client:
                 assert len(await tokens(client, "Hello", 3)) == 3
 
-    async def _sees_all(self, gateway: str) -> bool:
+    async def forgotten(self, worker: str) -> None:
+        """Return when the registry of workers is without one, as gateway-0 sees it."""
+        await eventually(lambda: self._sees("gateway-0", {*WORKERS} - {worker}))
+
+    async def _sees(self, gateway: str, workers: set[str]) -> bool:
         async with rpc.channel(self._addresses[gateway]) as channel:
             admin = model_pb2_grpc.AdminServiceStub(channel)
             try:
                 answer = await admin.GetStatus(model_pb2.GetStatusRequest(), timeout=2)
             except grpc.aio.AioRpcError:
                 return False
-        roles = Counter(worker.role for worker in answer.status.workers)
-        return roles == {model_pb2.WORKER_ROLE_PREFILL: 1, model_pb2.WORKER_ROLE_DECODE: 2}
+        return {worker.id for worker in answer.status.workers} == workers
 
     async def quiet(self, seconds: float = SECONDS) -> None:
         """Return when no worker that runs holds a block or a sequence."""
         await eventually(lambda: asyncio.to_thread(self._is_quiet), seconds)
 
     def _is_quiet(self) -> bool:
-        workers = [name for name in PARTS if "gateway" not in name and self[name].running]
-        return all(self._held(name) == 0 for name in workers)
+        return all(self._held(name) == 0 for name in WORKERS if self[name].running)
 
     def _held(self, name: str) -> float:
         kind = name.partition("-")[0]

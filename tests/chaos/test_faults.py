@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from baton.errors import Unavailable
-from tests.chaos.conftest import LONG_PROMPT, WORKER_TTL, Load, Parts, eventually, tokens
+from tests.chaos.conftest import LONG_PROMPT, Load, Parts, eventually, tokens
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -44,7 +44,7 @@ async def test_frozen_workers_are_passed_by_and_say_nothing_when_they_thaw(
             parts[name].freeze()
             try:
                 assert await load.end() == expected * 2
-                await asyncio.sleep(WORKER_TTL)
+                await parts.forgotten(name)
             finally:
                 parts[name].thaw()
             await parts.whole()
