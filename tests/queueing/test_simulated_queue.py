@@ -180,7 +180,7 @@ class Both:
         self.claimed.pop(id, None)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"])
 async def test_any_history_gives_the_same_order_of_claims(cluster: Pool, policy: str, seed: int):
     both = Both(cluster, policy, seed)
