@@ -12,7 +12,6 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from rich.console import Console
 
-from baton import rpc
 from baton.errors import InvalidRequest, Overloaded
 from baton.v1 import generation_pb2 as api
 from baton.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -65,16 +64,6 @@ class Scripted(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Mod
 @pytest.fixture
 def script() -> Scripted:
     return Scripted()
-
-
-@pytest.fixture
-async def address(script: Scripted) -> AsyncIterator[str]:
-    server = rpc.Server("127.0.0.1:0")
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(script, server.grpc)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(script, server.grpc)
-    await server.start([])
-    yield server.address
-    await server.stop(0)
 
 
 async def test_the_answer_is_printed_as_text(address: str, capsys: pytest.CaptureFixture[str]):
