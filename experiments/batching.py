@@ -12,7 +12,7 @@ from experiments.benches import rotated
 from experiments.collect import Point, Samples
 from experiments.engines import Engine, Setup, SimulatedEngine
 from experiments.experiment import Bar, Experiment, Run, Table
-from experiments.records import EngineName, Record, Results
+from experiments.records import ENGINES, Record, Results
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
 from scheduling.rules import Rules
@@ -159,8 +159,7 @@ def _tables(results: Results) -> list[Table]:
 
 def _bars(results: Results) -> list[Bar]:
     bars = []
-    engines: tuple[EngineName, ...] = ("simulator", "real")
-    for engine in engines:
+    for engine in ENGINES:
         here = results.where(experiment=NAME, engine=engine, at=BATCH)
         found = here.value(metric="requests_per_s_ratio")
         if found is not None:

@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from baton.errors import ConfigError
 from experiments import plots
 from experiments.experiment import Bar, Experiment, Run, Table
-from experiments.records import EngineName, Results
+from experiments.records import ENGINES, Results
 from experiments.registry import chosen
 
 _WIDTH = 160  # columns, where there is no terminal that has any
@@ -109,7 +109,6 @@ def _measure(options: Options, experiments: Sequence[Experiment], console: Conso
     """All experiments on all wanted engines. Results are saved after each, so that a run that is
     ended early leaves what it has."""
     results = Results()
-    engines: tuple[EngineName, ...] = ("simulator", "real")
     count = options.seeds or (2 if options.quick else 4)
     with RichProgress(
         TextColumn("{task.description}"),
@@ -118,7 +117,7 @@ def _measure(options: Options, experiments: Sequence[Experiment], console: Conso
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        for engine in engines:
+        for engine in ENGINES:
             if options.engine not in (engine, "both"):
                 continue
             shared: dict[object, object] = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import plots
 from experiments.experiment import Table
-from experiments.records import EngineName, Record, Results
+from experiments.records import ENGINES, EngineName, Record, Results
 
 _COLUMNS = (
     ("mean_jct_s", "mean JCT"),
@@ -28,7 +28,7 @@ _PANELS = (
 
 def engines_of(results: Results) -> list[EngineName]:
     """The engines that have results, the simulator first."""
-    return [name for name in ("simulator", "real") if len(results.where(engine=name))]
+    return [name for name in ENGINES if len(results.where(engine=name))]
 
 
 def figures(value: float) -> str:

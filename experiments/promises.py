@@ -13,7 +13,7 @@ from experiments.benches import rotated
 from experiments.closed_loop import PREFILL_FIRST, SPLITFUSE, WHOLE, Shape, Stage, stage
 from experiments.collect import Point, Samples
 from experiments.experiment import Bar, Experiment, Run, Table
-from experiments.records import EngineName, Record, Results
+from experiments.records import ENGINES, EngineName, Record, Results
 from scheduling.simulator.outcome import Outcome, Served
 
 NAME = "B11"
@@ -121,8 +121,7 @@ def ratio(results: Results, engine: EngineName, shape: Shape) -> float | None:
 
 def _bars(results: Results) -> list[Bar]:
     bars = []
-    engines: tuple[EngineName, ...] = ("simulator", "real")
-    for engine in engines:
+    for engine in ENGINES:
         for shape, limit in zip(SHAPES, (1.3, 0.95), strict=True):
             found = ratio(results, engine, shape)
             if found is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 from experiments.stats import Interval
 
 EngineName = Literal["real", "simulator"]
+ENGINES: tuple[EngineName, ...] = ("simulator", "real")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from experiments.benches import rotated
 from experiments.closed_loop import PREFILL_FIRST, SPLITFUSE, WHOLE, Shape, stage
 from experiments.collect import Point, Samples
 from experiments.experiment import Bar, Experiment, Run, Table
-from experiments.records import EngineName, Record, Results
+from experiments.records import ENGINES, Record, Results
 from scheduling.simulator.outcome import Outcome
 
 NAME = "B10"
@@ -85,8 +85,7 @@ def _tables(results: Results) -> list[Table]:
 
 def _bars(results: Results) -> list[Bar]:
     bars: list[Bar] = []
-    engines: tuple[EngineName, ...] = ("simulator", "real")
-    for engine in engines:
+    for engine in ENGINES:
         found = results.where(experiment=NAME, engine=engine, policy=_PAIR, at=CHOSEN)
         tail, middle = found.value(metric="p95_gap_s_ratio"), found.value(metric="p50_gap_s_ratio")
         if tail is not None and middle is not None:
