@@ -1,6 +1,6 @@
 """The host's work between two steps of a decode worker: scheduling, batch, sampling, messages.
 
-    python benchmarks/host_work.py [--batch 32] [--model DIR | --shape 135m] [--out DIR]
+    python -m benchmarks.host_work [--batch 32] [--model DIR | --shape 135m] [--out DIR]
 
 A decode worker's own parts (DecodeScheduler, executor, worker, gRPC service) in this process, with
 a client in another one that takes the tokens as a gateway does. Clocks around each verb, no

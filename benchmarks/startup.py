@@ -1,6 +1,6 @@
 """How long a decode worker takes to be ready, and what it then holds in memory.
 
-    python benchmarks/startup.py [--model DIR | --shape 135m] [--rounds 3] [--out DIR]
+    python -m benchmarks.startup [--model DIR | --shape 135m] [--rounds 3] [--out DIR]
 
 Starts `baton decode` processes, one after the other, each beside a Redis of its own. Memory is the
 process's resident size: when it says that it serves, and at its highest after a burst that fills
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from decode_client import take
 from rich.console import Console
 
 from baton import cores
+from benchmarks.decode_client import take
 from engine.bench.models import SHAPES, random_llama
 from engine.bench.records import Record, Setup, plain, save
 from engine.bench.tables import Table

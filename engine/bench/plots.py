@@ -64,11 +64,14 @@ def _times(found: list[Point], path: Path) -> Path:
             panel.plot(
                 batches, [p.seconds * 1e3 for p in line], "o-", color=colour, label=_name(setup)
             )
+            fastest = [p.fastest_seconds * 1e3 for p in line]
+            panel.plot(batches, fastest, ":", color=colour, label=f"the fastest, {_name(setup)}")
             floors = [(p.floor or 0) * 1e3 for p in line]
             label = f"floor, {setup.precision}"
             panel.plot(batches, floors, "--", color=colour, alpha=0.6, label=label)
         panel.set(title=f"{model}: a step of generation", xlabel="batch", ylabel="ms")
-        panel.set_yscale("log")
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
         _axis(panel, [p.batch for p in mine])
     figure.savefig(path, dpi=110)
     return path
