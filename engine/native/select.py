@@ -19,13 +19,11 @@ FAMILY = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
 QUANTIZATIONS = {"none": None, "int8": Format.INT8}
-# What --dtype auto makes of a checkpoint's own format. The library has no float16; it widens
-# bfloat16 in registers on processors that cannot multiply it.
+# What --dtype auto makes of a checkpoint's own format; float32 of any other. The library has no
+# float16; it widens bfloat16 in registers on processors that cannot multiply it.
 _AUTO = {
     torch.float16: torch.bfloat16,
     torch.bfloat16: torch.bfloat16,
-    torch.float32: torch.float32,
-    torch.float64: torch.float32,
 }
 
 
@@ -57,7 +55,7 @@ def step_dtype(options: ModelOptions, stored: torch.dtype) -> torch.dtype:
     if options.dtype != "auto":
         chosen: torch.dtype = getattr(torch, options.dtype)
         return chosen
-    return _AUTO[stored]
+    return _AUTO.get(stored, torch.float32)
 
 
 def _hindrance(config: ModelConfig, options: ModelOptions) -> str:
