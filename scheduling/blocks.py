@@ -49,7 +49,9 @@ class BlockAllocator:
         while self._offered and len(blocks) < count:
             blocks.append(self._offered.pop())
             self.offers_taken += 1
-        blocks += [self._free.pop() for _ in range(count - len(blocks))]
+        left = len(self._free) - count + len(blocks)
+        blocks += self._free[left:][::-1]  # as one `pop` after the other
+        del self._free[left:]
         for block in blocks:
             self._holders[block] += 1
         return blocks

@@ -8,7 +8,7 @@ budget is met exactly, and generating sequences, one token each, never wait for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import islice
 from typing import Literal
 
 from scheduling.plan import Chunk
@@ -21,14 +21,14 @@ Batching = Callable[[Iterable[Sequence], Iterable[Sequence], int], tuple[Chunk, 
 def splitfuse(
     generating: Iterable[Sequence], prompts: Iterable[Sequence], max_tokens: int
 ) -> tuple[Chunk, ...]:
-    """Fill a pass of at most `max_tokens` tokens: generation first, then prompts, each in the
-    given order. Falls short of the budget only if the sequences want no more tokens.
+    """Fill a pass of at most `max_tokens` tokens: generation first, a token each, then prompts,
+    both in the given order. Falls short of the budget only if the sequences want no more tokens.
 
     The last prompt is cut to fit; a chunk samples only if it reaches its sequence's last token.
     """
-    chunks = []
-    left = max_tokens
-    for sequence in chain(generating, prompts):
+    chunks = [Chunk(s, s.computed, 1, True) for s in islice(generating, max_tokens)]
+    left = max_tokens - len(chunks)
+    for sequence in prompts:
         if not left:
             break
         start = sequence.computed

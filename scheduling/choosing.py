@@ -22,6 +22,8 @@ from scheduling.residency import Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 
+_RUNNING = Phase.RUNNING
+
 
 class Chooser:
     """Decides; the residency carries it out."""
@@ -67,19 +69,22 @@ class Chooser:
         self.gave_way = False
         self._kv.head_blocked = False
         stuck = self._stuck()
-        left = self._tokens_for_prompts(stuck)
-        slots = self._capacity.max_sequences
+        # Counted when it is first asked for: before that only who comes back can change it.
+        left = self._tokens_for_prompts(stuck) if self._kv.swapped else None
+        slots, ahead = self._capacity.max_sequences, self._ahead
         chosen: list[Sequence] = []
         for sequence in ranked:
             if len(chosen) == slots:
                 break
             tokens = len(sequence.tokens)
             generating = tokens - sequence.computed == 1 and tokens > sequence.prompt_length
-            running = sequence.phase is Phase.RUNNING
-            if running and self._ahead is not None:
-                self._ahead.append(sequence)
-            if not generating and left <= 0:
-                continue
+            running = sequence.phase is _RUNNING
+            if running and ahead is not None:
+                ahead.append(sequence)
+            if not generating:
+                left = self._tokens_for_prompts(stuck) if left is None else left
+                if left <= 0:
+                    continue
             if running:
                 ready = sequence is not stuck
             elif self._kv.head_blocked:
@@ -88,7 +93,7 @@ class Chooser:
                 ready = self._let_in(sequence)
             if ready:
                 chosen.append(sequence)
-                if not generating:
+                if not generating and left is not None:
                     left -= tokens - sequence.computed
         self._residents = None
         return chosen
@@ -101,7 +106,7 @@ class Chooser:
             if len(ready) == most:
                 break
             if (
-                sequence.phase is Phase.RUNNING
+                sequence.phase is _RUNNING
                 and not sequence.allotment
                 and len(sequence.tokens) <= len(sequence.blocks) * size
             ) or self.grow(sequence):
@@ -129,7 +134,7 @@ class Chooser:
         others = (
             s
             for s in self.ranked
-            if s.phase is Phase.RUNNING
+            if s.phase is _RUNNING
             and s.generating
             and s not in taken
             and not self._kv.lacks_block(s)
@@ -174,12 +179,14 @@ class Chooser:
         most = self._capacity.max_tokens
         if self._rules.batching == "prefill-first":
             return most
-        generating = 0
+        generating, slots = 0, self._capacity.max_sequences
         for sequence in self._kv.running:
             tokens = len(sequence.tokens)
             if tokens - sequence.computed == 1 and tokens > sequence.prompt_length:
                 generating += sequence is not stuck
-        return most - min(generating, self._capacity.max_sequences)
+                if generating == slots:
+                    break
+        return most - generating
 
     def _stuck(self) -> Sequence | None:
         """The worst-ranked running sequence, if it lacks a block while none is free for it. It has
@@ -197,8 +204,8 @@ class Chooser:
     def _worst(self) -> Sequence | None:
         """The worst-ranked running sequence."""
         if self._residents is None:
-            self._residents = [s for s in self.ranked if s.phase is Phase.RUNNING]
-        while self._residents and self._residents[-1].phase is not Phase.RUNNING:
+            self._residents = [s for s in self.ranked if s.phase is _RUNNING]
+        while self._residents and self._residents[-1].phase is not _RUNNING:
             self._residents.pop()
         return self._residents[-1] if self._residents else None
 
@@ -238,7 +245,7 @@ class Chooser:
         for sequence in reversed(self.ranked):
             if sequence is head:
                 return False
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is _RUNNING:
                 return True
         return False
 
@@ -253,7 +260,7 @@ class Chooser:
         for sequence in reversed(candidates):
             if shortage <= 0:
                 break
-            if sequence.phase is not Phase.RUNNING or sequence in kv.fresh:
+            if sequence.phase is not _RUNNING or sequence in kv.fresh:
                 continue
             needed = self._capacity.blocks_for(sequence.computed)
             if 0 < needed <= host and self._policy.rank(sequence) > rank:

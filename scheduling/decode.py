@@ -44,6 +44,7 @@ from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
 
 _KEPT_RANK = attrgetter("rank")
+_RUNNING = Phase.RUNNING
 
 
 class DecodeScheduler:
@@ -181,12 +182,9 @@ class DecodeScheduler:
         if self._plan is not None:
             raise RuntimeError("the last plan was not applied")
         kv = self._kv
-        ranked = [*kv.running, *kv.swapped, *kv.waiting]
-        self._policy.promote(ranked, now)
-        for sequence in ranked:
-            if sequence.rank is None:
-                self._policy.rank(sequence)
-        ranked.sort(key=_KEPT_RANK)
+        here = {**kv.running, **kv.swapped, **kv.waiting}
+        self._policy.promote(here, now)
+        ranked = self._in_order(here)
         self._door.knock(ranked, kv.moving, now)
         chosen = self._chooser.choose(ranked, now)
         if self._chooser.proactive:
@@ -201,6 +199,20 @@ class DecodeScheduler:
         )
         self._begin_pass(StepPlan(chunks, outs, ins, waits), now)
         return self._plan
+
+    def _in_order(self, here: dict[Sequence, None]) -> list[Sequence]:
+        """Best first. From one plan to the next most keep their places, and the order of the last
+        one is soon sorted again."""
+        ranked = [*filter(here.__contains__, self._chooser.ranked)]
+        if len(ranked) < len(here):
+            before = set(ranked)
+            ranked += [sequence for sequence in here if sequence not in before]
+        rank = self._policy.rank
+        for sequence in ranked:
+            if sequence.rank is None:
+                rank(sequence)
+        ranked.sort(key=_KEPT_RANK)
+        return ranked
 
     def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
         """The chunks of the chosen sequences. Only those that will sample a token in this pass may
@@ -217,8 +229,9 @@ class DecodeScheduler:
         if len(ready) < len(generating) and self._chooser.proactive:
             spare = self._capacity.max_sequences - len(prompts) - len(ready)
             ready += self._chooser.instead(chosen, spare)
-        here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
-        prompts = [s for s in prompts if s.phase in here]
+        if prompts:
+            here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
+            prompts = [s for s in prompts if s.phase in here]
         return self._batching(ready, prompts, self._capacity.max_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
@@ -227,7 +240,7 @@ class DecodeScheduler:
         computing = self.cost.model.of(plan) if plan.swaps_first else 0.0
         self._kv.swaps.complete(result.swapped, self._kv.swapped_over, now, computing)
         self._drop_doomed()
-        if plan.chunks and not plan.swaps_first:
+        if self.cost.learns and plan.chunks and not plan.swaps_first:
             self.cost.add(StepRecord.of(plan, result.seconds))
         gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
         live = [each for each in gave if self._is_live(each[0].sequence)]
@@ -272,8 +285,7 @@ class DecodeScheduler:
     @property
     def preemptions(self) -> int:
         """Sequences that gave up their blocks, to be recomputed or swapped, since the start."""
-        counters = self._kv.counters
-        return counters.recomputed + counters.swapped_out
+        return self._kv.preemptions
 
     @property
     def counters(self) -> Counters:
@@ -320,12 +332,14 @@ class DecodeScheduler:
         self._plan = plan
         self._waits += not plan.chunks
         self._stalls += plan.swaps_first
-        self._in_pass = frozenset([chunk.sequence for chunk in plan.chunks])
+        sequences = [sequence for sequence, _, _, _ in plan.chunks]
+        self._in_pass = frozenset(sequences)
         if self._kv.fresh:
             self._kv.fresh -= self._in_pass
         self._kv.blocks.begin_pass()
-        for chunk in plan.chunks:
-            group = self._groups[chunk.sequence.request.id]
+        groups = self._groups
+        for sequence in sequences:
+            group = groups[sequence.request.id]
             if group.prompt is not None:
                 group.begin_pass(now)
 
@@ -339,9 +353,11 @@ class DecodeScheduler:
     def _is_live(sequence: Sequence) -> bool:
         """False for one that was aborted during the pass."""
         phase = sequence.phase
+        if phase is _RUNNING:
+            return True
         if phase is Phase.RETURNING:
             raise RuntimeError(f"sequence {sequence.id} was computed before its KV was back")
-        return phase is Phase.RUNNING
+        return False
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence in self._in_pass:

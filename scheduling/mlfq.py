@@ -57,6 +57,9 @@ class Mlfq:
             sequence.level += 1
 
 
+_ORDINARY = Standing.ORDINARY
+
+
 class MlfqPolicy(PreemptivePolicy):
     """Level by level, first come first served within one; everybody joins level 0."""
 
@@ -85,10 +88,10 @@ class MlfqPolicy(PreemptivePolicy):
         level = above = same = 0  # where the walk is, and the sequences passed
         quanta, last = self._quanta, self._as_quanta
         lifted_at = self.patience - now
-        times = []
-        for place, sequence in enumerate(ranked):
-            ordinary = sequence.standing is Standing.ORDINARY
-            if ordinary:
+        times = list[float]()
+        for sequence in ranked:
+            standing = sequence.standing
+            if standing is _ORDINARY:
                 if sequence.request.priority != priority:
                     # How long higher classes take is not known: as if they stayed where they are.
                     priority = sequence.request.priority
@@ -98,16 +101,17 @@ class MlfqPolicy(PreemptivePolicy):
                     above += same
                     same = 0
                     level += 1
-            waits = min(ahead / slots, max(0.0, sequence.waiting_since + lifted_at))
-            times.append(0.0 if place < slots else waits)
-            if ordinary:  # it sinks out of its level
-                ahead += max(last[sequence.level] - sequence.served, 0.0)
+            waits, lifted_in = ahead / slots, sequence.waiting_since + lifted_at
+            times.append(waits if waits <= lifted_in else max(0.0, lifted_in))
+            if standing is _ORDINARY:  # it sinks out of its level
+                sinks_in = last[sequence.level] - sequence.served
+                ahead += sinks_in if sinks_in > 0 else 0.0
                 same += 1
-            elif sequence.standing is Standing.STARVED:
+            elif standing is Standing.STARVED:
                 ahead += sequence.credit
             else:
                 ahead += self._work.seconds(sequence)
-        return times
+        return [0.0] * min(slots, len(times)) + times[slots:]
 
     def _first_level(self, tokens: int) -> int:
         return 0

@@ -11,6 +11,7 @@ nothing comes in while others go out or somebody waits for room.
 from __future__ import annotations
 
 from itertools import islice
+from operator import itemgetter
 
 from scheduling.choosing import Chooser
 from scheduling.order import Policy
@@ -23,6 +24,9 @@ _FLIGHT_SHARE = 8  # unfinished swaps have at most one block in so many, and one
 _REFILL = 1.5  # reserves: free when the refill of a reserve ends, so that it is not begun often
 _PAUSE = 8  # plans without a look at who could be swapped for the reserve, after each look
 _SOON = 2  # batches: who is in one of the next so many, by rank, runs soon
+
+_TIME = itemgetter(0)
+_RUNNING, _LEAVING = Phase.RUNNING, Phase.LEAVING
 
 
 class ProactiveSwaps:
@@ -59,11 +63,11 @@ class ProactiveSwaps:
             self._refill_reserve(set(chosen), ranked, now)
         elif kv.swapped and not kv.swaps.outs:
             self._prefetch(ranked, now)
-        stay = [s for s in chosen if s.phase is not Phase.LEAVING]
+        stay = [s for s in chosen if s.phase is not _LEAVING]
         if len(stay) == len(chosen):
             return chosen
         before = set(chosen)
-        spare = (s for s in ranked if s.phase is Phase.RUNNING and s not in before)
+        spare = (s for s in ranked if s.phase is _RUNNING and s not in before)
         return [*stay, *islice(spare, self._slots - len(stay))]
 
     def _make_room(self, head: Sequence, ranked: list[Sequence], free: int, now: float) -> None:
@@ -71,7 +75,7 @@ class ProactiveSwaps:
         when = self._policy.next_run(ranked, self._slots, now)
         place = ranked.index(head)
         timed = zip(when[place:], ranked[place:], strict=True)
-        later = sorted(((t, s) for t, s in timed if s.phase is Phase.RUNNING), key=_time)
+        later = sorted(((t, s) for t, s in timed if s.phase is _RUNNING), key=_TIME)
         for sequence in self._chooser.victims_for(head, free, [s for _, s in later]):
             if self._kv.swaps.blocks >= self._in_flight:
                 return
@@ -86,9 +90,9 @@ class ProactiveSwaps:
         idle = [
             (time, s)
             for time, s in zip(when, ranked, strict=True)
-            if s.phase is Phase.RUNNING and time > 0 and s not in running and s not in kv.fresh
+            if s.phase is _RUNNING and time > 0 and s not in running and s not in kv.fresh
         ]
-        idle.sort(key=_time)
+        idle.sort(key=_TIME)
         missing = int(_REFILL * self._reserve) - kv.blocks.free - kv.swaps.coming_free()
         while missing > 0 and idle and kv.swaps.blocks < self._in_flight:
             time, sequence = idle.pop()
@@ -107,7 +111,7 @@ class ProactiveSwaps:
             return
         when = self._policy.next_run(soon, self._slots, now)
         timed = zip(when, soon, strict=True)
-        nearest = sorted(((t, s) for t, s in timed if s.phase is Phase.SWAPPED), key=_time)
+        nearest = sorted(((t, s) for t, s in timed if s.phase is Phase.SWAPPED), key=_TIME)
         for _, sequence in nearest:
             if kv.swaps.blocks >= self._in_flight:
                 return
@@ -115,7 +119,3 @@ class ProactiveSwaps:
                 self._pause = _PAUSE
                 return
             kv.swap_in(sequence, now)
-
-
-def _time(item: tuple[float, Sequence]) -> float:
-    return item[0]

@@ -57,21 +57,17 @@ class RemainingWork:
         """Of a whole request: running mean over those that came."""
         return self._services.mean
 
-    def tokens(self, sequence: Sequence) -> float:
-        """Output tokens that are still to come, as predicted; never more than may come."""
-        request = sequence.request
-        generated = len(sequence.tokens) - len(request.prompt_ids)
+    def seconds(self, sequence: Sequence) -> float:
+        """Seconds of passes until it ends, as predicted; never for more tokens than may come."""
+        total = len(sequence.tokens)
+        generated = total - sequence.prompt_length
         left = sequence.expected - generated
         quarter = 0.25 * generated
         if left < quarter:
             left = quarter
-        most = request.stopping.max_tokens - generated
-        return left if left < most else most
-
-    def seconds(self, sequence: Sequence) -> float:
-        """Seconds of passes until it ends, as predicted."""
-        uncomputed = len(sequence.tokens) - sequence.computed
-        seconds = self.tokens(sequence) * self.token_seconds
+        most = sequence.request.stopping.max_tokens - generated
+        seconds = (left if left < most else most) * self.token_seconds
+        uncomputed = total - sequence.computed
         return seconds if uncomputed == 1 else seconds + self.catching_up(uncomputed)
 
     def catching_up(self, uncomputed: int) -> float:

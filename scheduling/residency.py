@@ -72,6 +72,11 @@ class Residency:
             mispredictions=self.reservations.mispredictions,
         )
 
+    @property
+    def preemptions(self) -> int:
+        """Sequences that gave up their blocks, to be recomputed or swapped."""
+        return self._recomputed + self._swapped_out
+
     # -- New sequences and transfers ---------------------------------------------------------
 
     def wait(self, sequences: Iterable[Sequence]) -> None:

@@ -9,7 +9,11 @@ from baton.types import Finish, FinishReason, Request
 
 
 class Phase(Enum):
-    """Where a sequence stands. Legal moves are in `Sequence.move`."""
+    """Where a sequence stands. Legal moves are in `Sequence.move`.
+
+    Loops over all sequences keep the member that they compare with in a variable: to look one up
+    in an enum takes longer than the rest of such a loop.
+    """
 
     WAITING = auto()  # holds no blocks; wants some
     INCOMING = auto()  # holds blocks that a KV transfer is filling; not schedulable

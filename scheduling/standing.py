@@ -40,6 +40,8 @@ MOST_PATIENCE = 60.0
 _RETUNES = 16  # per mean service time
 _TIGHT = 0.5  # urgent: with less slack than this share of the remaining time
 
+_STARVED, _ORDINARY = Standing.STARVED, Standing.ORDINARY  # as in Phase: kept for loops
+
 
 class PreemptivePolicy:
     """A Policy (scheduling/order.py) whose order changes with service; subclasses say how.
@@ -127,7 +129,7 @@ class PreemptivePolicy:
             known = sequence.rank = (
                 -request.priority,
                 standing,
-                self._measure(sequence) if standing is Standing.ORDINARY else _first(sequence),
+                self._measure(sequence) if standing is _ORDINARY else _first(sequence),
                 sequence.arrived_at,
                 request.id,
                 sequence.index,
@@ -138,7 +140,7 @@ class PreemptivePolicy:
         """Service that a starved sequence is given as such counts for nothing else."""
         sequence.waiting_since = now
         self._work.ran(now, passes)
-        if sequence.standing is Standing.STARVED:
+        if sequence.standing is _STARVED:
             sequence.credit -= seconds
             if sequence.credit > 0:
                 return
@@ -151,7 +153,7 @@ class PreemptivePolicy:
         if now >= self._retune_at:
             if self._retune(sequences, now):
                 for sequence in sequences:
-                    if sequence.standing is Standing.ORDINARY:
+                    if sequence.standing is _ORDINARY:
                         sequence.rank = None
             self._retune_at = now + self._work.mean_seconds / _RETUNES
         if now >= self._starves_at:
@@ -181,9 +183,9 @@ class PreemptivePolicy:
         for sequence in chosen:
             rank = self.rank(sequence)
             place = 0 if rank < first else bisect(left, rank, key=self.rank)
-            if sequence.standing is Standing.STARVED:
+            if sequence.standing is _STARVED:
                 seconds = min(seconds, sequence.credit)
-            elif place < len(left) and sequence.standing is Standing.ORDINARY:
+            elif place < len(left) and sequence.standing is _ORDINARY:
                 other = left[place]
                 if other.request.priority == sequence.request.priority:
                     behind = self._until_behind(sequence, other, pass_seconds)
@@ -201,7 +203,7 @@ class PreemptivePolicy:
         latest = now - self.patience
         longest = math.inf
         for sequence in sequences:
-            if sequence.standing is Standing.STARVED:
+            if sequence.standing is _STARVED:
                 continue
             if sequence.waiting_since <= latest:
                 sequence.credit = self._quantum

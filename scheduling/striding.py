@@ -49,12 +49,11 @@ class StridingScheduler(DecodeScheduler):
     ) -> int:
         """How many of the `passes` that `stride` said would follow each other from `now` on, each
         of `seconds`, remain if this sequence joins those that wait: 1 if it may be let in."""
+        if len(plan.chunks) < self._capacity.max_sequences or self._chooser.swaps:
+            return 1
         rank = self._policy.rank
-        if (
-            len(plan.chunks) < self._capacity.max_sequences
-            or self._chooser.swaps
-            or any(rank(sequence) > rank(newcomer) for sequence in self._in_pass)
-        ):
+        place = rank(newcomer)
+        if any(rank(sequence) > place for sequence in self._in_pass):
             return 1
         return passes_before(plan, newcomer, now, seconds, passes, self._policy)
 
@@ -80,12 +79,12 @@ class StridingScheduler(DecodeScheduler):
                 self.cost.add(StepRecord(then, seconds / passes))
         ending = last or (token_id,) * len(plan.chunks)
         before = (token_id,) * (passes - 1)
-        kv, charge = self._kv, self._policy.charge
+        grow_by, charge, is_live = self._kv.grow_by, self._policy.charge, self._is_live
         ended: list[tuple[Sequence, Finish, int]] = []
         for (sequence, _, _, _), token in zip(plan.chunks, ending, strict=True):
-            if not self._is_live(sequence):
+            if not is_live(sequence):
                 continue
-            kv.grow_by(sequence, passes)
+            grow_by(sequence, passes)
             sequence.tokens += before
             sequence.computed += passes
             charge(sequence, seconds, now, passes)

@@ -111,6 +111,8 @@ class SwapBook:
 
     def planned(self) -> tuple[tuple[Swap, ...], tuple[Swap, ...]]:
         """The swaps out, and in, that have begun since the last call."""
+        if not self._planned:
+            return (), ()
         planned, self._planned = self._planned, []
         return (
             tuple(flight.swap for flight in planned if flight.out),

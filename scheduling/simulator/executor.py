@@ -89,8 +89,10 @@ class CostExecutor:
         """The token that each sequence of a generation pass samples in the last of so many."""
         at_end = self._length_at_end
         return tuple(
-            EOS if len(c.sequence.tokens) + passes >= at_end[c.sequence] else PLAIN
-            for c in plan.chunks
+            [
+                EOS if len(sequence.tokens) + passes >= at_end[sequence] else PLAIN
+                for sequence, _, _, _ in plan.chunks
+            ]
         )
 
     def execute(self, plan: StepPlan, now: float) -> StepResult:
