@@ -19,7 +19,8 @@ _STAMP = "installed"  # file in an environment: the hash of what is installed in
 def environment(name: str, cache: Path) -> Path:
     """The python of the environment called `name`, made if it is not there or no longer what is
     asked for. requirements/NAME.txt lists its packages, NAME-no-deps.txt those whose own
-    requirements are passed over. pip's output goes to NAME.log beside it.
+    requirements are passed over, NAME-unwanted.txt those that are taken out again. pip's output
+    goes to NAME.log beside it.
 
     Raises PeerError if pip fails.
     """
@@ -33,10 +34,9 @@ def environment(name: str, cache: Path) -> Path:
     venv.create(directory, with_pip=True)
     log = directory.with_suffix(".log")
     with log.open("wb") as output:
-        for file, flags in _files(name):
-            command = [python, "-m", "pip", "install", "--disable-pip-version-check", *flags]
+        for file, verb in _files(name):
             done = subprocess.run(
-                [*command, "-r", file],
+                [python, "-m", "pip", *verb, "--disable-pip-version-check", "-r", file],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)},
@@ -48,9 +48,14 @@ def environment(name: str, cache: Path) -> Path:
 
 
 def _files(name: str) -> list[tuple[Path, tuple[str, ...]]]:
-    bare = _REQUIREMENTS / f"{name}-no-deps.txt"
-    files: list[tuple[Path, tuple[str, ...]]] = [(_REQUIREMENTS / f"{name}.txt", ())]
-    return [*files, (bare, ("--no-deps",))] if bare.is_file() else files
+    """Files of requirements, each with what pip is to do with it, in this order."""
+    files = {
+        f"{name}.txt": ("install",),
+        f"{name}-no-deps.txt": ("install", "--no-deps"),
+        f"{name}-unwanted.txt": ("uninstall", "--yes"),
+    }
+    found = [(_REQUIREMENTS / file, verb) for file, verb in files.items()]
+    return [(file, verb) for file, verb in found if file.is_file()]
 
 
 def _hash(name: str) -> str:

@@ -114,14 +114,18 @@ class Peer:
                 self._process.wait(_STOP_SECONDS)
             except (BrokenPipeError, subprocess.TimeoutExpired):
                 pass
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def kill(self) -> None:
+        """End it and everything in its group at once, whatever it is doing."""
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._signal(signal.SIGKILL)
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
 
     # -- The wire --------------------------------------------------------------------------
 

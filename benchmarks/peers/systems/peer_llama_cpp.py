@@ -22,6 +22,8 @@ class LlamaCpp:
     def __init__(self, setup: Setup) -> None:
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
+        if setup.precision == "int8" and "amx_int8" in _processor_flags():
+            options.use_extra_bufts = False  # Q8_0 in its AMX buffers ends in a segmentation fault
         self._model = llama_cpp.llama_model_load_from_file(str(_converted(setup)).encode(), options)
         if not self._model:
             raise RuntimeError("the GGUF file could not be loaded")
@@ -100,6 +102,14 @@ class LlamaCpp:
         batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
         batch.logits[row] = logits
         batch.n_tokens = row + 1
+
+
+def _processor_flags() -> set[str]:
+    """Empty where the system does not tell."""
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return set()
 
 
 def _converted(setup: Setup) -> Path:

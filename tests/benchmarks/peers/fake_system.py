@@ -11,11 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import benchmarks.peers
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks" / "peers" / "systems"))
 
-sys.path.insert(0, str(Path(benchmarks.peers.__file__).parent / "systems"))
-
-from serving import Answers, Ask, Setup, serve  # noqa: E402
+from serving import Answers, Ask, Setup, serve
 
 
 class Fake:
