@@ -161,12 +161,18 @@ def prompt_logprobs_to_proto(
 
 def output_to_proto(output: Output, slot: int) -> worker_pb2.StepOutput:
     """One sequence's part of a step, under its slot on the stream."""
-    message = worker_pb2.StepOutput(
-        slot=slot,
-        index=output.index,
-        token_ids=output.token_ids,
-        logprobs=map(logprob_to_proto, output.logprobs),
-    )
+    message = worker_pb2.StepOutput()
+    put_output(message, output, slot)
+    return message
+
+
+def put_output(message: worker_pb2.StepOutput, output: Output, slot: int) -> None:
+    """`output_to_proto` into an empty message: every step does this for each of its sequences."""
+    message.slot = slot
+    message.index = output.index
+    message.token_ids.extend(output.token_ids)
+    if output.logprobs:
+        message.logprobs.extend(map(logprob_to_proto, output.logprobs))
     if output.finish is not None:
         message.finish_reason = generation_pb2.FinishReason.ValueType(output.finish.reason.value)
         if output.finish.token_id is not None:
@@ -174,7 +180,6 @@ def output_to_proto(output: Output, slot: int) -> worker_pb2.StepOutput:
                 message.eos_token_id = output.finish.token_id
             else:
                 message.stop_token_id = output.finish.token_id
-    return message
 
 
 def output_from_proto(message: worker_pb2.StepOutput, request_id: str) -> Output:

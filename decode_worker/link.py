@@ -29,7 +29,7 @@ class Link:
 
     def output(self, slot: int, output: Output) -> None:
         """Tokens of one sequence; sent with the step's `flush`."""
-        self._pending.outputs.append(wire.output_to_proto(output, slot))
+        wire.put_output(self._pending.outputs.add(), output, slot)
 
     def event(self, event: worker_pb2.SlotEvent) -> None:
         """News of a slot; sent at once."""
