@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,49 +44,41 @@ class _Options:
         return self.systems[0].name
 
 
-def _names(known: object) -> click.ParamType:
-    return _Names(tuple(known))  # type: ignore[arg-type]
+def _among(known: Iterable[str]) -> Callable[..., tuple[str, ...]]:
+    """Reads names separated by commas; fails for those that are not `known`."""
+    names = tuple(known)
 
+    def read(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(name for name in text.split(",") if name))
+        for name in chosen:
+            if name not in names:
+                raise click.BadParameter(f"{name}: there are {', '.join(names)}")
+        return chosen
 
-class _Names(click.ParamType):
-    """Names out of a known set, separated by commas."""
-
-    name = "names"
-
-    def __init__(self, known: tuple[str, ...]) -> None:
-        self._known = known
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        """The names; fails for those that are not known."""
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(name for name in str(value).split(",") if name))
-        for name in names:
-            if name not in self._known:
-                self.fail(f"{name}: there are {', '.join(self._known)}", param, ctx)
-        return names
+    return read
 
 
 @click.command()
 @click.option(
     "--peers",
-    type=_names(PEERS),
+    metavar="NAMES",
+    callback=_among(PEERS),
     default="openvino,llama.cpp,transformers,vllm",
     show_default=True,
     help="the other engines, by name",
 )
 @click.option(
     "--modes",
-    type=_names(MODES),
+    metavar="NAMES",
+    callback=_among(MODES),
     default="in-process,grpc",
     show_default=True,
     help="how Baton runs: in-process, or served over gRPC with and without a prefill worker",
 )
 @click.option(
     "--shapes",
-    type=_names(SHAPES),
+    metavar="NAMES",
+    callback=_among(SHAPES),
     default="135m,0.5b",
     show_default=True,
     help="random Llamas of these sizes",
@@ -98,14 +91,16 @@ class _Names(click.ParamType):
 @click.option(
     "--precision",
     "precisions",
-    type=_names(("bf16", "int8")),
+    metavar="NAMES",
+    callback=_among(("bf16", "int8")),
     default="bf16",
     show_default=True,
     help="bf16, int8 or both",
 )
 @click.option(
     "--workloads",
-    type=_names(WORKLOADS),
+    metavar="NAMES",
+    callback=_among(WORKLOADS),
     default="w1,w2",
     show_default=True,
     help="w1: 64 requests at once; w2: a single one",
@@ -295,8 +290,9 @@ def _write(options: _Options, found: Comparison) -> None:
 
 
 def _show(options: _Options, found: Comparison, console: Console) -> None:
-    notes = [f"{name}: {', '.join(map(' '.join, about.items()))}" for name, about in
-             found.about.items()]  # fmt: skip
+    notes = [
+        f"{name}: {', '.join(map(' '.join, about.items()))}" for name, about in found.about.items()
+    ]
     notes += [f"missing: {name}: {why}" for name, why in found.failures.items()]
     tables = report.markdown(found.records, options.reference, notes)
     (options.out / "tables.md").write_text(tables)
