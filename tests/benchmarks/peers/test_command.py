@@ -11,7 +11,6 @@ from benchmarks.peers.command import main
 from benchmarks.peers.installing import _files
 from benchmarks.peers.registry import MODES, PEERS
 
-
 ROOT = Path(__file__).parents[3]
 
 
