@@ -89,13 +89,13 @@ def compare(
                 for name in _order(list(peers), number):
                     say(f"{matter.shape} {matter.precision} {workload.name}: {name}")
                     try:
-                        outputs, idle = _alone(name, peers, workload)
+                        outputs, used = _alone(name, peers, workload)
                     except PeerError as error:
                         into.failures[_title(matter, name)] = f"{workload.name}: {error}"
                         peers.pop(name).stop()
                         continue
                     first.setdefault((name, workload.name), outputs)
-                    values = measures(outputs) | {"others_processor_share": idle}
+                    values = measures(outputs) | used
                     into.records += _records(matter, name, workload.name, number, values)
         into.records += _agreements(matter, first)
 
@@ -145,13 +145,21 @@ def _loaded(
     return peer
 
 
-def _alone(name: str, peers: dict[str, Peer], workload: Workload) -> tuple[list[Output], float]:
-    """Outputs of one run, and how much of a processor the other systems took meanwhile."""
-    others = [peer for other, peer in peers.items() if other != name]
-    before, began = sum(peer.processor_seconds() for peer in others), time.monotonic()
+def _alone(
+    name: str, peers: dict[str, Peer], workload: Workload
+) -> tuple[list[Output], dict[str, float]]:
+    """Outputs of one run, and the processor time behind it: what the system itself took, and how
+    much of a processor the others took meanwhile."""
+    before = {each: peer.processor_seconds() for each, peer in peers.items()}
+    began = time.monotonic()
     outputs = peers[name].run(workload.asks)
-    spent = sum(peer.processor_seconds() for peer in others) - before
-    return outputs, spent / (time.monotonic() - began)
+    lasted = time.monotonic() - began
+    spent = {each: peer.processor_seconds() - before[each] for each, peer in peers.items()}
+    own = spent.pop(name)
+    return outputs, {
+        "processor_s": own,
+        "others_processor_share": sum(spent.values()) / lasted,
+    }
 
 
 def _order(names: list[str], number: int) -> list[str]:

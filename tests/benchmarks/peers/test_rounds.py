@@ -65,6 +65,7 @@ def test_every_round_runs_every_workload_on_every_system_in_turn(tmp_path: Path)
             assert (system, "w1", "output_tokens_per_s", number) in metrics
             assert (system, "w2", "ttft_s", number) in metrics
             assert (system, "w2", "tpot_s", number) in metrics
+            assert (system, "w1", "processor_s", number) in metrics
     (same,) = [r.value for r in found.records if r.metric == "agreement" and r.workload == "w1"]
     assert same == 1.0
 
