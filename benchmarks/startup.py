@@ -161,12 +161,13 @@ def table(records: list[Record]) -> Table:
     for record in records:
         rows.setdefault(record.setup, {})[record.metric] = record.value
     seconds = ("import_seconds", "load_seconds", "warm_up_seconds", "ready_seconds")
-    sizes = ("weight_bytes", "kv_bytes", "ready_resident_bytes", "peak_resident_bytes")
+    resident = ("ready_resident_bytes", "peak_resident_bytes")
+    sizes = ("weight_bytes", "kv_bytes", *resident, "bound_bytes")
     return Table(
         "A decode worker from its start to its first request, and its memory",
         (
             *("model", "precision", "backend", "import, s", "load, s", "warm-up, s", "serving, s"),
-            *("weights, MB", "KV pool, MB", "resident, MB", "at most, MB"),
+            *("weights, MB", "KV pool, MB", "resident, MB", "at most, MB", "bound, MB"),
         ),
         [
             (

@@ -108,7 +108,7 @@ def _axis(panel: Any, places: list[int]) -> None:
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
 def _is_generation(point: Point) -> bool:
