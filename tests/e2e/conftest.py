@@ -174,7 +174,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(run_stack: Run, model: TinyModel) -> AsyncIterator[Stack]:
-    async with run_stack(model.path, dtype="float32", max_batch_tokens=64) as running:
+    # KV for a few outputs of thousands of tokens at once, however a backend pads it
+    settings = {"dtype": "float32", "max_batch_tokens": 64, "kv_memory": 2**23}
+    async with run_stack(model.path, **settings) as running:
         yield running
 
 

@@ -17,6 +17,7 @@ from baton.client import Client, Started
 from baton.errors import AlreadyExists, NotFound, Overloaded
 from baton.v1 import generation_pb2, model_pb2
 from baton.v1.model_pb2_grpc import AdminServiceStub
+from queueing.contract import Role, WorkerRecord
 from tests.e2e.answers import DEMO, PROMPT, ask, status_of
 from tests.e2e.conftest import Run, Stack
 from tests.engine.conftest import TinyModel
@@ -273,7 +274,9 @@ async def test_one_look_at_the_status_tells_rates_and_what_runs(
     streams = [client.generate(PROMPT, n=2, max_tokens=2000, ignore_eos=True) for _ in range(3)]
     for stream in streams:
         assert isinstance(await anext(stream), Started)
-    await asyncio.sleep(0.8)  # reports and looks at them are 100 and 250 ms apart
+    async with asyncio.timeout(20):  # reports and looks at them are 100 and 250 ms apart
+        while not _all_run(stack.gateway.gateway.fleet.records, 6):
+            await asyncio.sleep(0.01)
     status = (await admin.GetStatus(LOOK)).status
     assert status.output_tokens_per_second > 0
     decode, prefill = status.workers
@@ -286,3 +289,11 @@ async def test_one_look_at_the_status_tells_rates_and_what_runs(
     await asyncio.gather(*(stream.aclose() for stream in streams))
     await stack.quiet()
     assert (await admin.GetStatus(LOOK)).status.running_requests == 0
+
+
+def _all_run(workers: list[WorkerRecord], sequences: int) -> bool:
+    """Whether so many sequences run on the decode worker, and none elsewhere, by the registry."""
+    loads = {worker.role: worker.load for worker in workers}
+    decode, prefill = loads[Role.DECODE], loads[Role.PREFILL]
+    assert decode is not None and prefill is not None
+    return (decode.running, prefill.running) == (sequences, 0) and decode.steps_per_second > 0
