@@ -65,15 +65,17 @@ class Pace(ExpectedService):
     def submission(self, job: Job, time_to_live: float | None) -> Submission:
         """What the queue is told of a request."""
         request = job.request
-        cost = self.cost(request)
+        tokens, cost = round(self.output_tokens(request)), self.cost(request)
         return Submission(
             request_id=request.id,
             tenant=job.tenant,
             prompt_tokens=len(request.prompt_ids),
-            max_tokens=request.stopping.max_tokens,
+            max_tokens=request.sampling.n * request.stopping.max_tokens,
             priority=request.priority,
             time_to_live=time_to_live,
             handicap=self.comes(cost),
             cost=cost,
-            predicted_tokens=round(self.output_tokens(request)) if self._predicts else None,
+            predicted_tokens=tokens if self._predicts else None,
+            token_cost=self.token_seconds,
+            expected_tokens=tokens,
         )

@@ -38,11 +38,14 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class Submission:
     """What the queue knows of a request: numbers only. `cached_tokens` need no prefill.
+    `max_tokens` is the longest output, of all its sequences together.
 
     `cost` is the service it is expected to take, in seconds, divided by the tenant's weight where
-    tenants have some: tenants take turns by it. `handicap` is by how many seconds a younger request
-    may stand before it. `predicted_tokens` is the output that the order counts on: the request
-    sinks a level when it has outlived that, and again at each double, not by quanta of service.
+    tenants have some: tenants take turns by it. It counts on `expected_tokens` of output at
+    `token_cost` seconds each, and is corrected by what the request generates. `handicap` is by how
+    many seconds a younger request may stand before it. `predicted_tokens` is the output that the
+    order counts on: the request sinks a level when it has outlived that, and again at each double,
+    not by quanta of service.
     """
 
     request_id: str
@@ -55,6 +58,8 @@ class Submission:
     handicap: float = 0.0
     cost: float = 1.0
     predicted_tokens: int | None = None
+    token_cost: float = 0.0
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ lives in one slot and a script may touch any of its keys.
 | virtual | hash | per priority: the largest tag that a claim began with |
 | deadlines | zset | waiting requests by the time at which they become urgent |
 | lanes:PRIORITY | zset | a class's lanes that have waiting requests, by tag and head |
-| lane:PRIORITY/TENANT | hash | tag, live requests, place in `lanes` |
+| lane:PRIORITY/TENANT | hash | tag, live requests, place in `lanes`, era and surplus |
 | queue:PRIORITY/TENANT | zset | waiting requests of a lane, in the policy's order |
 | ages:LEVEL | zset | waiting requests of a level by arrival |
 | leases | zset | claimed requests by expiry |

@@ -320,10 +320,13 @@ def _spell(live: Live) -> list[str | int]:
 
 
 def _order(submission: Submission) -> list[str | int]:
-    """What decides the place, besides level and age."""
+    """What decides the place, besides level and age, and what its lane pays."""
     predicted = submission.predicted_tokens
     return [
         _microseconds(submission.handicap),
         _microseconds(submission.cost),
         "" if predicted is None else predicted,
+        _microseconds(submission.token_cost),
+        submission.expected_tokens,
+        submission.max_tokens,
     ]

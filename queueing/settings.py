@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_LEVELS = 16
+from scheduling.mlfq import Mlfq
+
+MAX_LEVELS = 32
+
+_MLFQ = Mlfq()
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,10 @@ class QueueSettings:
     """
 
     policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = "skip-join-mlfq"
-    levels: int = 5
-    quantum: float = 0.05
-    ratio: float = 4.0
-    promote_after: float = 5.0
+    levels: int = _MLFQ.levels
+    quantum: float = _MLFQ.quantum
+    ratio: float = _MLFQ.ratio
+    promote_after: float = _MLFQ.promote_after
     fairness_slack: float = 0.5
     urgent_before: float = 2.0
     prefill_seconds_per_token: float = 0.0005

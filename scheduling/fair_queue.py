@@ -1,9 +1,9 @@
 """The order of waiting requests: who is claimed next (docs/decisions/006-queue-order.md).
 
 Priority first: each has a class of its own. In a class each tenant has a lane, in which the policy
-decides, and lanes take turns by the service that their claims were expected to cost (start-time
-fair queueing). Lanes whose tags are within the slack of each other stand in the policy's order,
-too.
+decides, and lanes take turns by the service that their claims cost (start-time fair queueing):
+what is expected, until the outputs tell more. Lanes whose tags are within the slack of each other
+stand in the policy's order, too.
 
 This is what queueing/lua keeps in Redis, for one process: tests hold that both give the same order.
 It knows nothing of workers, fences and attempts. Times and costs are whole microseconds, as they
@@ -56,7 +56,9 @@ class Ticket:
 
     The first fields are the caller's. `due` is `queued_at` and the time by which younger ones may
     pass; `cost` the service it is expected to take, at least 1; `predicted` its output tokens, if
-    the order counts on them. The others are the queue's: it alone changes them.
+    the order counts on them. `token_cost` is what each output token has in `cost`, which counts on
+    `expected` of them; it has at most `max_tokens`. The others are the queue's: it alone changes
+    them.
     """
 
     id: str
@@ -67,6 +69,9 @@ class Ticket:
     cost: int
     deadline: int | None = None
     predicted: int | None = None
+    token_cost: int = 0
+    expected: int = 0
+    max_tokens: int = 0
 
     level: int = 0
     served: float = 0.0  # seconds in its level, kept from worker to worker
@@ -75,6 +80,13 @@ class Ticket:
     urgent: bool = False
     waiting: bool = False
     place: _Place | None = None
+    charged: int = 0  # what its lane has paid for it
+    era: int = 0  # of its lane, when it was claimed
+
+    def cost_at(self, generated: int) -> int:
+        """What it costs with so many output tokens."""
+        more = min(generated, self.max_tokens) - self.expected
+        return max(1, self.cost + self.token_cost * more)
 
     def overdue(self, now: int) -> bool:
         """Its deadline has passed: nobody claims it any more."""
@@ -85,10 +97,12 @@ class _Lane:
     """One tenant's waiting requests in one class. The heap may hold what waits no longer, or
     elsewhere, but not at its head."""
 
-    __slots__ = ("heap", "live", "tag", "turn", "waiting")
+    __slots__ = ("era", "heap", "live", "surplus", "tag", "turn", "waiting")
 
     def __init__(self) -> None:
-        self.tag = 0  # service that its claims were expected to cost
+        self.tag = 0  # service that its claims cost
+        self.era = 0  # how often it has come back to an empty queue
+        self.surplus = 0  # its tag over the virtual time, when it came back last
         self.live = 0  # requests that have not ended
         self.turn: _Turn | None = None  # where it stands in its class, if anybody waits
         self.waiting: dict[str, Ticket] = {}
@@ -161,6 +175,8 @@ class FairQueue:
         lane.live += 1
         if not lane.waiting:
             # Service that a tenant did not ask for cannot be saved up.
+            lane.era += 1
+            lane.surplus = lane.tag - found.virtual
             lane.tag = max(lane.tag, found.virtual)
         self._list(ticket, found, lane, ticket.queued_at)
 
@@ -181,7 +197,9 @@ class FairQueue:
         """A worker gets a waiting one: its lane pays, and it is off the queue."""
         found, lane = self._of(ticket)
         found.virtual = max(found.virtual, lane.tag)
-        lane.tag += ticket.cost
+        ticket.charged = max(ticket.cost, ticket.cost_at(ticket.generated))
+        ticket.era = lane.era
+        lane.tag += ticket.charged
         ticket.reported = 0.0
         self._unlist(ticket, lane)
         self._settle(found, lane, ticket.tenant)
@@ -193,7 +211,8 @@ class FairQueue:
     def progress(self, ticket: Ticket, generated: int, served: float) -> int:
         """What the worker that has it reports: output tokens in all, seconds of service there.
         Returns its level. It sinks by quanta of service; where the order counts on a prediction,
-        when it has outlived that, and again at each double."""
+        when it has outlived that, and again at each double. Its lane pays for output that was not
+        expected."""
         mlfq = self.rules.mlfq
         if ticket.predicted is not None:
             most = mlfq.levels - 1
@@ -203,20 +222,29 @@ class FairQueue:
             mlfq.charge(ticket, max(0.0, served - ticket.reported))
         ticket.generated = max(generated, ticket.generated)
         ticket.reported = served
+        found, lane = self._of(ticket)
+        if (cost := ticket.cost_at(ticket.generated)) > ticket.charged:
+            self._correct(ticket, found, lane, cost)
         return ticket.level
 
     def give_back(self, ticket: Ticket, now: int) -> None:
         """A claimed one waits again: at its level, in its old place, and its lane is refunded."""
         found, lane = self._of(ticket)
-        lane.tag -= ticket.cost
+        lane.tag -= ticket.charged
+        ticket.charged = 0
         self._list(ticket, found, lane, now)
 
-    def end(self, ticket: Ticket) -> None:
-        """It has ended, waiting or claimed. A lane is forgotten with its last one."""
+    def end(self, ticket: Ticket, generated: int = 0) -> None:
+        """It has ended, waiting or claimed, with so many output tokens in all: that is what its
+        lane pays for. A lane is forgotten with its last one."""
         found, lane = self._of(ticket)
+        ticket.generated = max(generated, ticket.generated)
         if ticket.waiting:
+            ticket.era = lane.era
             self._unlist(ticket, lane)
             self._settle(found, lane, ticket.tenant)
+        if ticket.charged or ticket.generated:
+            self._correct(ticket, found, lane, ticket.cost_at(ticket.generated))
         lane.live -= 1
         if not lane.live:
             del found.lanes[ticket.tenant]
@@ -276,6 +304,19 @@ class FairQueue:
         if ticket.level and self._promote_after < math.inf:
             heapq.heappush(self._ages, (ticket.queued_at, next(self._numbers), ticket))
         self._settle(found, lane, ticket.tenant)
+
+    def _correct(self, ticket: Ticket, found: _Class, lane: _Lane, cost: int) -> None:
+        """Its lane pays `cost` for it, not what it has paid so far. Of what it did before it came
+        back last only that counts which would have changed its tag then: else an idle tenant
+        could save up what was charged too much."""
+        change, ticket.charged = cost - ticket.charged, cost
+        if ticket.era != lane.era:
+            before = lane.surplus
+            lane.surplus += change
+            change = max(0, lane.surplus) - max(0, before)
+        if change:
+            lane.tag += change
+            self._settle(found, lane, ticket.tenant)
 
     def _settle(self, found: _Class, lane: _Lane, tenant: str) -> None:
         """Put a lane where its head and its tag belong."""

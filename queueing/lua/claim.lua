@@ -63,7 +63,7 @@ local function visit(lane)
     local need = math.max(1, r.prompt + r.generated - r.cached)
     if need > free and not idle then return true end
     free, idle = free - need, false
-    lane.tag = lane.tag + r.cost
+    lane.tag = lane.tag + cost_of_claim(r)
     if r.gateway == gateway then
       changed[lane] = changed[lane] or {}
       taken[#taken + 1] = { r, need }
@@ -110,7 +110,7 @@ for _, pair in ipairs(taken) do
   local r, need = pair[1], pair[2]
   local fence = next_fence(t)
   unlist(r)
-  local tag = charge_lane(r, 1)
+  local tag = charge_lane(r)
   if tag > tonumber(redis.call('HGET', VIRTUAL, r.priority) or 0) then
     redis.call('HSET', VIRTUAL, r.priority, whole(tag))
   end

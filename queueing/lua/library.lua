@@ -56,7 +56,8 @@ local function is_claimed_under(r, fence) return is_claimed(r) and r.fence == fe
 
 -- The order of waiting requests. Priority first: each has a class of its own. In a class each tenant
 -- has a lane, in which the policy decides, and lanes take turns by the service they have had (start-time
--- fair queueing): a lane's tag is the service in microseconds that its claims were expected to cost.
+-- fair queueing): a lane's tag is the service in microseconds that its claims cost: what is expected, until
+-- reports and ends tell what they generated.
 -- Lanes whose tags are within `fairness_slack` of each other stand in the policy's order too.
 --
 -- A place is 18 digits, two of slot and 16 of time, and then a name; members of equal score sort as text.
@@ -70,10 +71,11 @@ local function place(r)
 end
 
 -- Put a lane where its head and its tag belong. One that comes back to an empty queue with `lift` starts
--- level with the others: service that it did not ask for cannot be saved up.
+-- level with the others: service that it did not ask for cannot be saved up. That begins an era of the lane;
+-- `surplus` is how far its tag was over the virtual time then.
 local function settle(priority, tenant, lift)
   local name = priority .. '/' .. tenant
-  local lane = redis.call('HMGET', lane_key(name), 'tag', 'turn')
+  local lane = redis.call('HMGET', lane_key(name), 'tag', 'turn', 'era')
   local tag, turn = tonumber(lane[1] or 0), lane[2] or ''
   local head = redis.call('ZRANGE', queue_key(name), 0, 0)[1]
   if not head then
@@ -87,8 +89,9 @@ local function settle(priority, tenant, lift)
   if turn == '' then
     redis.call('ZADD', CLASSES, -priority, priority)
     if lift then
-      tag = math.max(tag, tonumber(redis.call('HGET', VIRTUAL, priority) or 0))
-      redis.call('HSET', lane_key(name), 'tag', whole(tag))
+      local surplus = tag - (redis.call('HGET', VIRTUAL, priority) or 0)
+      tag = tag - math.min(0, surplus)
+      redis.call('HSET', lane_key(name), 'tag', whole(tag), 'era', (lane[3] or 0) + 1, 'surplus', whole(surplus))
     end
   elseif turn ~= new then
     redis.call('ZREM', lanes_key(priority), turn)
@@ -104,9 +107,44 @@ local function count_in_lane(r, change)
   end
 end
 
--- A claim costs its lane the expected service; one that comes back is refunded. Returns the tag before.
-local function charge_lane(r, sign)
-  return redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', whole(sign * r.cost)) - sign * r.cost
+-- What a request costs with so many output tokens: `cost` counts on `expected` of them.
+local function cost_at(r, generated)
+  local each = tonumber(r.token_cost or 0)
+  if each == 0 then return tonumber(r.cost) end
+  return math.max(1, r.cost + each * (math.min(generated, r.longest) - r.expected))
+end
+
+-- What its lane pays when it is claimed.
+local function cost_of_claim(r) return math.max(r.cost, cost_at(r, r.generated)) end
+
+-- Its lane pays for a claim; attach() writes that into the request. Returns the tag before.
+local function charge_lane(r)
+  local cost = cost_of_claim(r)
+  r.charged, r.era = whole(cost), redis.call('HGET', lane_key(lane_of(r)), 'era') or '0'
+  return redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', r.charged) - cost
+end
+
+-- The lane pays `cost` for a request, not what it has paid so far. Of what was claimed before the lane came
+-- back last only that counts which would have changed its tag then: else an idle tenant could save up what
+-- was charged too much. A lane that is gone stays gone.
+local function correct_lane(r, cost)
+  local change = cost - (r.charged or r.cost)
+  if change == 0 then return end
+  local name = lane_key(lane_of(r))
+  local lane = redis.call('HMGET', name, 'tag', 'turn', 'era', 'surplus')
+  if not lane[1] then return end
+  redis.call('HSET', request_key(r.id), 'charged', whole(cost))
+  if r.state ~= 'Q' and r.era ~= (lane[3] or '0') then
+    local before = tonumber(lane[4] or 0)
+    redis.call('HSET', name, 'surplus', whole(before + change))
+    change = math.max(0, before + change) - math.max(0, before)
+    if change == 0 then return end
+  end
+  redis.call('HINCRBY', name, 'tag', whole(change))
+  local bucket = bucket_of(lane[1] + change)
+  if (lane[2] or '') ~= '' and bucket ~= bucket_of(lane[1]) then
+    redis.call('ZADD', lanes_key(r.priority), 'XX', bucket, lane[2])
+  end
 end
 
 local function enqueue(r, t, lift)
@@ -155,17 +193,19 @@ end
 
 local function attach(r, state, worker, epoch, fence, tokens, expiry)
   redis.call('HSET', request_key(r.id), 'state', state, 'worker', worker, 'epoch', epoch,
-    'fence', fence, 'tokens', tokens, 'served', 0)
+    'fence', fence, 'tokens', tokens, 'served', 0, 'charged', r.charged or r.cost, 'era', r.era or '0')
   redis.call('SADD', held_key(worker), r.id)
   redis.call('ZADD', LEASES, expiry, r.id)
 end
 
 local function end_request(r, outcome, generated)
+  generated = math.max(generated, r.generated)
   if r.state == 'Q' then dequeue(r) else detach(r) end
   count_in_lane(r, -1)
+  if r.state ~= 'Q' or generated > 0 then correct_lane(r, cost_at(r, generated)) end
   redis.call('ZREM', live_key(r.gateway), r.id)
   if redis.call('HINCRBY', TENANTS, r.tenant, -1) <= 0 then redis.call('HDEL', TENANTS, r.tenant) end
-  redis.call('HSET', request_key(r.id), 'state', outcome, 'generated', math.max(generated, r.generated))
+  redis.call('HSET', request_key(r.id), 'state', outcome, 'generated', generated)
   redis.call('EXPIRE', request_key(r.id), math.ceil(setting('keep_ended', 30)))
 end
 
@@ -180,8 +220,8 @@ local function requeue(r, t, fault)
     return 'E', fence
   end
   detach(r)
-  redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0)
-  charge_lane(r, -1)
+  redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0, 'charged', 0)
+  redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', -(r.charged or r.cost))
   enqueue(r, t, false)
   return 'Q', fence
 end

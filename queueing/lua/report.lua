@@ -1,4 +1,5 @@
--- A worker's batched report: renews the worker and its leases, charges service to MLFQ levels.
+-- A worker's batched report: renews the worker and its leases, charges service to MLFQ levels, and to
+-- lanes the output that was not expected.
 -- ARGV: now worker epoch load, then quadruples id fence generated served
 -- Returns {verdict, level, ...}, or nil when the registry does not know this epoch.
 drain_first()
@@ -31,7 +32,10 @@ local function charge(r, generated, served)
     release_tokens(r)
     tokens = 0
   end
-  redis.call('HSET', request_key(r.id), 'generated', math.max(generated, r.generated), 'served', served,
+  generated = math.max(generated, r.generated)
+  local cost = cost_at(r, generated)
+  if cost > tonumber(r.charged or r.cost) then correct_lane(r, cost) end
+  redis.call('HSET', request_key(r.id), 'generated', generated, 'served', served,
     'spent', spent, 'level', r.level, 'tokens', tokens)
 end
 

@@ -1,7 +1,7 @@
 -- Queue a request in its tenant's lane, at the level and with the handicap that the policy gives it.
 -- Not safe at maxmemory on purpose: a full server refuses.
 -- ARGV: now gateway nonce id tenant prompt cached priority time_to_live('' = none)
--- handicap cost predicted('' = none)
+-- handicap cost predicted('' = none) token_cost expected longest
 -- Returns {OK, level} | {EXISTS} | {UNKNOWN} gateway | {FULL, requests|tokens|tenant}
 local t, gateway, nonce, id, tenant = clock(), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local prompt, cached, priority = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
@@ -39,7 +39,8 @@ redis.call('HSET', request_key(id), 'state', 'Q', 'gateway', gateway, 'tenant', 
   'priority', priority, 'prompt', prompt, 'cached', cached, 'deadline', deadline, 'queued_at', whole(t),
   'level', level, 'first_level', level, 'spent', 0, 'generated', 0, 'faults', 0, 'fence', '0',
   'worker', '', 'epoch', '0', 'tokens', 0, 'served', 0, 'handed', '', 'nonce', nonce,
-  'due', due, 'cost', cost, 'predicted', ARGV[12], 'urgent', '0')
+  'due', due, 'cost', cost, 'predicted', ARGV[12], 'token_cost', ARGV[13], 'expected', ARGV[14],
+  'longest', ARGV[15], 'charged', 0, 'era', '0', 'urgent', '0')
 if old then -- an ended request had this name, and its record an end
   redis.call('PERSIST', request_key(id))
   redis.call('HDEL', request_key(id), 'given_back')

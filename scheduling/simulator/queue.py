@@ -99,6 +99,9 @@ class WaitingQueue:
             cost=max(1, round(service * SECOND)),
             deadline=None if job.deadline is None else round(job.deadline * SECOND),
             predicted=round(tokens) if order.predicts else None,
+            token_cost=round(expected.token_seconds * SECOND),
+            expected=round(tokens),
+            max_tokens=job.max_tokens,
         )
         self._live[job.id] = job, ticket
         self._arrivals += job.arrived_at
@@ -131,6 +134,7 @@ class WaitingQueue:
     def progress(self, job: Job, generated: int, served: float) -> int:
         """Its worker reports output tokens in all and seconds of service there; returns its
         level."""
+        self._head_is_known = False
         return self._queue.progress(self._live[job.id][1], generated, served)
 
     def give_back(self, job: Job, now: float) -> None:
@@ -146,7 +150,7 @@ class WaitingQueue:
         if generated:
             self._expected.ended(generated)
         self._head_is_known = False
-        self._queue.end(ticket)
+        self._queue.end(ticket, generated)
 
     def tick(self, now: float) -> list[Job]:
         """`sweep`, at the last time at which a timer ran out."""

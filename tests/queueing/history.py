@@ -133,18 +133,32 @@ class History:
         handicap: float,
         cost: float,
         predicted: int | None,
+        token_cost: float,
+        expected: int,
     ) -> None:
         model = self.model
         count = len(model.requests)
         id = f"r{count - 1 if reuse and count else count}"
         cached = min(cached, prompt - 1)
         submission = Submission(
-            id, tenant, prompt, 100, cached, priority, ttl, handicap, cost, predicted
+            id,
+            tenant,
+            prompt,
+            4,
+            cached,
+            priority,
+            ttl,
+            handicap,
+            cost,
+            predicted,
+            token_cost,
+            expected,
         )
         deadline = None if ttl is None else model.now + int(ttl * SECOND)
         new = Entry(id, gateway, tenant, priority, prompt, cached, deadline, model.now, 0)
         new.due = model.now + int(handicap * SECOND)
         new.cost, new.predicted = int(cost * SECOND), predicted
+        new.token_cost, new.expected, new.longest = int(token_cost * SECOND), expected, 4
         call = self.gateways[gateway].submit(submission)
         if id in model.requests and model.requests[id].live:
             with pytest.raises(AlreadyExists):

@@ -15,6 +15,8 @@ from queueing.settings import QueueSettings
 SECOND = 1_000_000
 SETTINGS = QueueSettings(
     levels=3,
+    quantum=0.05,
+    ratio=4.0,
     max_queued_requests=9,
     max_queued_tokens=2500,
     max_requests_per_tenant=7,
@@ -41,6 +43,11 @@ class Entry:
     due: int = 0
     cost: int = 1
     predicted: int | None = None
+    token_cost: int = 0
+    expected: int = 0
+    longest: int = 0
+    charged: int = 0
+    era: int = 0
     urgent: bool = False
     state: str = "Q"
     spent: float = 0.0
@@ -65,6 +72,15 @@ class Entry:
     @property
     def need(self) -> int:
         return max(1, self.prompt + self.generated - self.cached)
+
+    def cost_at(self, generated: int) -> int:
+        """What it costs with so many output tokens."""
+        more = min(generated, self.longest) - self.expected
+        return max(1, self.cost + self.token_cost * more)
+
+    @property
+    def cost_of_claim(self) -> int:
+        return max(self.cost, self.cost_at(self.generated))
 
     @property
     def lane(self) -> tuple[int, str]:
@@ -107,6 +123,8 @@ class Reference:
     lost: set[str] = field(default_factory=set)
     news: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
     tags: dict[tuple[int, str], int] = field(default_factory=dict)  # service claimed, by lane
+    eras: dict[tuple[int, str], int] = field(default_factory=dict)
+    surplus: dict[tuple[int, str], int] = field(default_factory=dict)
     virtual: dict[int, int] = field(default_factory=dict)
 
     def waiting(self) -> list[Entry]:
@@ -135,7 +153,7 @@ class Reference:
             left.remove(one)
 
             def charge(r: Entry = one) -> None:
-                tags[r.lane] = tags.get(r.lane, 0) + r.cost
+                tags[r.lane] = tags.get(r.lane, 0) + r.cost_of_claim
 
             yield one, charge
 
@@ -144,12 +162,25 @@ class Reference:
         if r.urgent_at <= self.now:
             r.urgent = True
         if lift and self.lane_is_empty(r.lane):
-            start = max(self.tags.get(r.lane, 0), self.virtual.get(r.priority, 0))
-            self.tags[r.lane] = start
+            tag, virtual = self.tags.get(r.lane, 0), self.virtual.get(r.priority, 0)
+            self.eras[r.lane] = self.eras.get(r.lane, 0) + 1
+            self.surplus[r.lane] = tag - virtual
+            self.tags[r.lane] = max(tag, virtual)
 
     def forget_lane(self, lane: tuple[int, str]) -> None:
         if not any(r.live and r.lane == lane for r in self.requests.values()):
-            self.tags.pop(lane, None)
+            for known in (self.tags, self.eras, self.surplus):
+                known.pop(lane, None)
+
+    def correct(self, r: Entry, cost: int) -> None:
+        """Its lane pays `cost` for it, not what it has paid so far. What it paid in an earlier era
+        may have been less than the lift that ended it."""
+        change, r.charged = cost - r.charged, cost
+        if r.era != self.eras.get(r.lane, 0):
+            before = self.surplus[r.lane]
+            self.surplus[r.lane] = before + change
+            change = max(0, before + change) - max(0, before)
+        self.tags[r.lane] += change
 
     def in_flight(self, worker: str) -> int:
         """Prompt tokens claimed for a worker and not through yet."""
@@ -210,7 +241,8 @@ class Reference:
 
     def claim(self, r: Entry, worker: str, epoch: int, fence: int, state: str) -> None:
         start = self.tags.get(r.lane, 0)
-        self.tags[r.lane] = start + r.cost
+        r.charged, r.era = r.cost_of_claim, self.eras.get(r.lane, 0)
+        self.tags[r.lane] = start + r.charged
         self.virtual[r.priority] = max(start, self.virtual.get(r.priority, 0))
         self.give(r, worker, epoch, fence, state=state, tokens=r.need)
 
@@ -222,7 +254,12 @@ class Reference:
         r.lease = self.now + int(SETTINGS.lease_ttl * SECOND)
 
     def end(self, r: Entry, outcome: str, generated: int = 0) -> None:
-        r.state, r.generated = outcome, max(generated, r.generated)
+        r.generated = max(generated, r.generated)
+        if r.state == "Q":
+            r.era = self.eras.get(r.lane, 0)
+        if r.claimed or r.generated:
+            self.correct(r, r.cost_at(r.generated))
+        r.state = outcome
         self.forget_lane(r.lane)
 
     def requeue(self, r: Entry, *, fault: bool) -> None:
@@ -231,7 +268,8 @@ class Reference:
         if fault and r.faults >= SETTINGS.max_attempts:
             self.end(r, "E")
             return
-        self.tags[r.lane] -= r.cost
+        self.tags[r.lane] -= r.charged
+        r.charged, r.era = 0, self.eras.get(r.lane, 0)
         self.list(r, lift=False)
         r.state, r.worker, r.epoch, r.tokens = "Q", "", 0, 0
 
@@ -261,6 +299,7 @@ class Reference:
         if generated > r.generated:
             r.tokens = 0
         r.generated, r.served = max(generated, r.generated), served
+        self.correct(r, max(r.charged, r.cost_at(r.generated)))
         r.lease = self.now + int(SETTINGS.lease_ttl * SECOND)
         return "="
 

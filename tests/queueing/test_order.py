@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import count
+from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
 
 from queueing import keys
-from queueing.contract import Claimed, Live, Outcome, Progress, Role, Submission
+from queueing.contract import Live, Outcome, Progress, Role, Submission
 from queueing.redis_queue import RedisGatewayQueue
 from queueing.settings import QueueSettings
-from tests.queueing.pool import IDLE, Pool, record
+from tests.queueing.pool import FCFS, FEW_LEVELS, IDLE, Line, Pool, record
 
-FCFS = QueueSettings(policy="fcfs", levels=1, fairness_slack=0.5)
-SKIP_JOIN = QueueSettings(policy="skip-join-mlfq", fairness_slack=0.5, promote_after=1e6)
-
-
-class Line:
-    """One gateway, one worker without bounds, and requests that come one after the other."""
-
-    def __init__(self, cluster: Pool, gateway: RedisGatewayQueue) -> None:
-        self.cluster, self.gateway = cluster, gateway
-        self.claims: dict[str, Claimed] = {}
-        self._numbers = count()
-
-    @classmethod
-    async def of(cls, cluster: Pool, settings: QueueSettings) -> Line:
-        gateway = await cluster.gateway("g", settings)
-        await cluster.worker("p", capacity_tokens=10**9)
-        await cluster.worker("d", Role.DECODE, capacity_tokens=10**9)
-        return cls(cluster, gateway)
-
-    async def come(
-        self, tenant: str, *, prompt: int = 10, cost: float = 0.5, **more: float | int
-    ) -> str:
-        """A request, named by tenant and number."""
-        id = f"{tenant}{next(self._numbers)}"
-        self.cluster.clock.now += 0.0001
-        await self.gateway.submit(Submission(id, tenant, prompt, 100, cost=cost, **more))  # type: ignore[arg-type]
-        return id
-
-    async def take(self, most: int, worker: str = "p") -> list[str]:
-        """Claim so many, one by one."""
-        out: list[str] = []
-        while len(out) < most:
-            claimed = await self.gateway.claim(await record(self.gateway, worker), 1)
-            if not claimed:
-                break
-            self.claims[claimed[0].request_id] = claimed[0]
-            out.append(claimed[0].request_id)
-        return out
-
-    async def take_together(self, most: int) -> list[str]:
-        """Claim so many in one call."""
-        target = await record(self.gateway, "p")
-        return [one.request_id for one in await self.gateway.claim(target, most)]
+SKIP_JOIN = replace(FEW_LEVELS, fairness_slack=0.5, promote_after=1e6)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -184,7 +142,7 @@ async def test_a_predicted_request_sinks_when_it_outlives_the_prediction(cluster
 
 
 async def test_a_request_whose_deadline_is_near_goes_before_its_class(cluster: Pool):
-    settings = QueueSettings(policy="skip-join-mlfq", urgent_before=2.0)
+    settings = replace(FEW_LEVELS, urgent_before=2.0)
     line = await Line.of(cluster, settings)
     first = [await line.come("a"), await line.come("a")]
     late = await line.come("a", prompt=1000, cost=1.0, time_to_live=5.0)
@@ -279,8 +237,3 @@ async def test_a_tenant_is_forgotten_with_its_last_request(cluster: Pool, redis_
         await line.gateway.finish(mine, Outcome.FINISHED, 9)
         assert not await raw.exists(lane)
         await raw.connection_pool.disconnect()
-
-
-def test_first_come_first_served_has_one_level():
-    with pytest.raises(ValueError, match="levels"):
-        QueueSettings(policy="fcfs", levels=2)

@@ -158,7 +158,7 @@ class Both:
         everything = {**self.waiting, **{id: each[0] for id, each in self.claimed.items()}}
         if everything:
             job = everything[self.random.choice([*everything])]
-            generated = self.random.choice([0, 20])
+            generated = self.random.choice([0, 20, 250])
             assert await self.real.finish(job.id, Outcome.FINISHED, generated)
             if generated:
                 self.pace.ended(generated)

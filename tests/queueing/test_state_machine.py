@@ -39,6 +39,8 @@ RULES: list[tuple[int, str, dict[str, Sequence[Any]]]] = [
             "handicap": [0.0, 0.0, 0.003, 5.0],
             "cost": [0.1, 0.1, 0.3, 2.0],
             "predicted": [None, None, 0, 3],
+            "token_cost": [0.0, 0.125, 0.5],
+            "expected": [0, 2, 3],
         },
     ),
     (
@@ -82,7 +84,7 @@ class RandomHistory(History):
                 (
                     self.random.randrange(90),
                     self.random.choice([0, 0, 1]),
-                    self.random.randrange(5),
+                    self.random.randrange(6),  # one more than there may be
                     self.random.choice([0.0, 0.05, 0.3]),
                 )
                 for _ in range(4)
@@ -103,6 +105,8 @@ class RandomHistory(History):
             assert int(stored["generated"]) == r.generated
             assert int(stored["faults"]) == r.faults
             assert (stored["urgent"] == "1") == r.urgent
+            if r.claimed:
+                assert int(stored["charged"]) == r.charged
 
     def lanes_agree(self) -> None:
         for (priority, tenant), tag in self.model.tags.items():
