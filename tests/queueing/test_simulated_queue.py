@@ -106,6 +106,9 @@ class Both:
             priority=draw([0, 0, 0, 0, 2, -1]),
             deadline=None if deadline is None else self.now + deadline,
         )
+        await self.come(job, deadline)
+
+    async def come(self, job: Job, deadline: float | None = None) -> None:
         told = self.pace.submission(GatewayJob(job.request(), job.tenant, 30.0), deadline)
         self.simulated.push(job)
         assert await self.real.submit(told) == self.simulated.level(job)
@@ -158,12 +161,14 @@ class Both:
         everything = {**self.waiting, **{id: each[0] for id, each in self.claimed.items()}}
         if everything:
             job = everything[self.random.choice([*everything])]
-            generated = self.random.choice([0, 20, 250])
-            assert await self.real.finish(job.id, Outcome.FINISHED, generated)
-            if generated:
-                self.pace.ended(generated)
-            self.simulated.end(job, generated)
-            self._forget(job.id)
+            await self.finish(job, self.random.choice([0, 20, 250]))
+
+    async def finish(self, job: Job, generated: int) -> None:
+        assert await self.real.finish(job.id, Outcome.FINISHED, generated)
+        if generated:
+            self.pace.ended(generated)
+        self.simulated.end(job, generated)
+        self._forget(job.id)
 
     async def sweep(self) -> None:
         live = [*self.waiting.values(), *(each[0] for each in self.claimed.values())]
@@ -190,3 +195,31 @@ async def test_any_history_gives_the_same_order_of_claims(cluster: Pool, policy:
     while both.waiting and both.simulated.first(both.now):
         await both.claim()
     assert both.claims > STEPS / 6
+
+
+async def test_what_an_idle_tenant_was_charged_too_much_is_the_same_in_both(cluster: Pool):
+    both = Both(cluster, "fcfs", 0)
+    await both.start()
+
+    async def come(tenant: str, count: int, length: int) -> list[Job]:
+        estimate = LengthEstimate(length, length)
+        jobs = [
+            Job(f"{tenant}{len(both.waiting)}-{i}", both.now, 10, 1, 300, estimate, tenant)
+            for i in range(count)
+        ]
+        for job in jobs:
+            await both.come(job)
+        return jobs
+
+    [early] = await come("b", 1, 80)
+    await come("a", 40, 10)
+    for _ in range(20):
+        await both.claim()
+    await come("b", 10, 10)
+    await both.finish(early, 0)
+    order = []
+    for _ in range(12):
+        known = set(both.claimed)
+        await both.claim()
+        order += [id[0] for id in set(both.claimed) - known]
+    assert 4 <= order.count("b") <= 8
