@@ -20,6 +20,14 @@ _DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -27,7 +35,7 @@ _DTYPES = {
 class Entry:
     """What the header says of one tensor. `start` counts from the beginning of the file."""
 
-    dtype: torch.dtype | None  # None for those that no model's weights have
+    dtype: torch.dtype | None  # None for those that torch has under no name
     shape: tuple[int, ...]
     start: int
     end: int
@@ -62,7 +70,7 @@ class MappedFile:
     def tensor(self, name: str) -> Tensor:
         """A view of the file that keeps it mapped; a copy where the file has it misaligned.
 
-        The tensor must hold floats, and at least one.
+        The tensor must hold something, of a dtype that is known.
         """
         entry = self._entries[name]
         assert entry.dtype is not None

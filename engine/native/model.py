@@ -153,6 +153,8 @@ class _Packer:
     def pack(self) -> None:
         """All of it."""
         vocabulary, hidden = self._config.vocab_size, self._shape.hidden
+        embedding = "model.embed_tokens.weight"
+        self._step.embedding(self._checkpoint.mapped(embedding, vocabulary, hidden))
         for layer in range(self._config.layers):
             self._attention(layer)
             self._mlp(layer)
@@ -160,10 +162,8 @@ class _Packer:
             if window is not None:
                 self._step.window(layer, window)
         self._vector(0, Vector.FINAL_NORM, 0, "model.norm.weight", hidden)
-        embedding = "model.embed_tokens.weight"
         head = embedding if self._config.tied else "lm_head.weight"
         self._matrix(0, Matrix.HEAD, 0, head, vocabulary, hidden)
-        self._step.embedding(self._checkpoint.mapped(embedding, vocabulary, hidden))
 
     def _attention(self, layer: int) -> None:
         shape, prefix = self._shape, f"model.layers.{layer}"
