@@ -17,7 +17,9 @@ namespace {
 
 template <int R>
 inline void store(const __m256 (&sums)[R][4], float* y) {
+  BATON_UNROLL
   for (int r = 0; r < R; r++)
+    BATON_UNROLL
     for (int c = 0; c < 4; c++) _mm256_storeu_ps(y + r * kPanel + 8 * c, sums[r][c]);
 }
 
@@ -29,15 +31,18 @@ struct F32 {
     const float* weights = panel_of<float>(w, panel);
     const char* rows = row_of(x, first);
     __m256 sums[R][4];
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) sums[r][c] = _mm256_setzero_ps();
     for (int64_t k = 0; k < w.depth; k++, weights += kPanel, rows += 4) {
       __m256 a[R];
+      BATON_UNROLL
       for (int r = 0; r < R; r++) a[r] = _mm256_set1_ps(one_float(rows + r * x.stride));
-#pragma GCC unroll 4
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) {
         __m256 b = _mm256_loadu_ps(weights + 8 * c);
-#pragma GCC unroll 3
+        BATON_UNROLL
         for (int r = 0; r < R; r++) sums[r][c] = _mm256_fmadd_ps(a[r], b, sums[r][c]);
       }
     }
@@ -55,15 +60,17 @@ struct Bf16 {
     const char* rows = row_of(x, first);
     const __m256i upper = _mm256_set1_epi32(-65536);
     __m256 sums[R][4];
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) sums[r][c] = _mm256_setzero_ps();
     for (int64_t k = 0; k < w.depth; k += 2, weights += 4 * kPanel, rows += 8) {
-#pragma GCC unroll 4
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) {
         __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * c));
         __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
         __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
-#pragma GCC unroll 3
+        BATON_UNROLL
         for (int r = 0; r < R; r++) {
           const char* row = rows + r * x.stride;
           sums[r][c] = _mm256_fmadd_ps(_mm256_set1_ps(one_float(row)), even, sums[r][c]);
@@ -97,22 +104,27 @@ struct Int8 {
     const char* weights = panel_of<char>(w, panel) + 4 * column;
     const char* rows = row_of(x, first);
     __m256i sums[R][4];  // 4 columns each, two sums per column
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) sums[r][c] = _mm256_setzero_si256();
     for (int64_t k = 0; k < w.depth; k += 4, weights += 4 * kPanel, rows += 4) {
       __m256i a[R];
+      BATON_UNROLL
       for (int r = 0; r < R; r++)
         a[r] = _mm256_cvtepu8_epi16(_mm_set1_epi32(four_bytes(rows + r * x.stride)));
-#pragma GCC unroll 4
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) {
         __m256i wide = _mm256_cvtepi8_epi16(
             _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights + 16 * c)));
-#pragma GCC unroll 3
+        BATON_UNROLL
         for (int r = 0; r < R; r++)
           sums[r][c] = _mm256_add_epi32(sums[r][c], _mm256_madd_epi16(a[r], wide));
       }
     }
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
+      BATON_UNROLL
       for (int c = 0; c < 2; c++)
         scale(w, panel * kPanel + column + 8 * c, x.scales[first + r],
               pairs_added(sums[r][2 * c], sums[r][2 * c + 1]), y + r * kPanel + column + 8 * c);

@@ -19,6 +19,7 @@ namespace {
 
 template <int R>
 inline void store(const __m512 (&sums)[R][2], float* y) {
+  BATON_UNROLL
   for (int r = 0; r < R; r++) {
     _mm512_storeu_ps(y + r * kPanel, sums[r][0]);
     _mm512_storeu_ps(y + r * kPanel + 16, sums[r][1]);
@@ -33,10 +34,11 @@ struct F32 {
     const float* weights = panel_of<float>(w, panel);
     const char* rows = row_of(x, first);
     __m512 sums[R][2];
+    BATON_UNROLL
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < w.depth; k++, weights += kPanel, rows += 4) {
       __m512 left = _mm512_loadu_ps(weights), right = _mm512_loadu_ps(weights + 16);
-#pragma GCC unroll 12
+      BATON_UNROLL
       for (int r = 0; r < R; r++) {
         __m512 a = _mm512_set1_ps(one_float(rows + r * x.stride));
         sums[r][0] = _mm512_fmadd_ps(a, left, sums[r][0]);
@@ -61,12 +63,13 @@ struct Bf16 {
     const uint16_t* weights = panel_of<uint16_t>(w, panel);
     const char* rows = row_of(x, first);
     __m512 sums[R][2];
+    BATON_UNROLL
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < w.depth; k += 2, weights += 2 * kPanel, rows += 8) {
       __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 32);
       __m512 left_even = even(left), left_odd = odd(left);
       __m512 right_even = even(right), right_odd = odd(right);
-#pragma GCC unroll 12
+      BATON_UNROLL
       for (int r = 0; r < R; r++) {
         __m512 a = _mm512_set1_ps(one_float(rows + r * x.stride));
         sums[r][0] = _mm512_fmadd_ps(a, left_even, sums[r][0]);
@@ -99,20 +102,23 @@ struct Int8 {
     const char* weights = panel_of<char>(w, panel);
     const char* rows = row_of(x, first);
     __m512i sums[R][4];  // 8 columns each, two sums per column
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_si512();
     for (int64_t k = 0; k < w.depth; k += 4, weights += 4 * kPanel, rows += 4) {
-#pragma GCC unroll 4
+      BATON_UNROLL
       for (int c = 0; c < 4; c++) {
         __m512i wide = _mm512_cvtepi8_epi16(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + 32 * c)));
-#pragma GCC unroll 6
+        BATON_UNROLL
         for (int r = 0; r < R; r++) {
           __m512i a = _mm512_cvtepu8_epi16(_mm256_set1_epi32(four_bytes(rows + r * x.stride)));
           sums[r][c] = _mm512_add_epi32(sums[r][c], _mm512_madd_epi16(a, wide));
         }
       }
     }
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
       scale(w, panel, x.scales[first + r], pairs_added(sums[r][0], sums[r][1]),
             pairs_added(sums[r][2], sums[r][3]), y + r * kPanel);

@@ -27,6 +27,7 @@ struct Bf16 {
     const char* weights = panel_of<char>(w, panel);
     const char* rows = row_of(x, first);
     __m512 sums[R][2];
+    BATON_UNROLL
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < w.depth; k += 2, weights += 4 * kPanel, rows += 4) {
       if (R <= kFewRows) {
@@ -35,7 +36,7 @@ struct Bf16 {
       }
       __m512bh left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights));
       __m512bh right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weights + 64));
-#pragma GCC unroll 12
+      BATON_UNROLL
       for (int r = 0; r < R; r++) {
         __m512bh a =
             reinterpret_cast<__m512bh>(_mm512_set1_epi32(four_bytes(rows + r * x.stride)));
@@ -43,6 +44,7 @@ struct Bf16 {
         sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, a);
       }
     }
+    BATON_UNROLL
     for (int r = 0; r < R; r++) {
       _mm512_storeu_ps(y + r * kPanel, sums[r][0]);
       _mm512_storeu_ps(y + r * kPanel + 16, sums[r][1]);
@@ -58,6 +60,7 @@ struct Int8 {
     const char* weights = panel_of<char>(w, panel);
     const char* rows = row_of(x, first);
     __m512i sums[R][2];
+    BATON_UNROLL
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < w.depth; k += 4, weights += 4 * kPanel, rows += 4) {
       if (R <= kFewRows) {
@@ -65,13 +68,14 @@ struct Int8 {
         _mm_prefetch(weights + kAhead + 64, _MM_HINT_T0);
       }
       __m512i left = _mm512_loadu_si512(weights), right = _mm512_loadu_si512(weights + 64);
-#pragma GCC unroll 12
+      BATON_UNROLL
       for (int r = 0; r < R; r++) {
         __m512i a = _mm512_set1_epi32(four_bytes(rows + r * x.stride));
         sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], a, left);
         sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], a, right);
       }
     }
+    BATON_UNROLL
     for (int r = 0; r < R; r++)
       scale(w, panel, x.scales[first + r], sums[r][0], sums[r][1], y + r * kPanel);
   }
