@@ -199,7 +199,7 @@ async def test_a_time_limit_ends_what_waits_what_prefills_and_what_decodes(
         stack.client() as client,
     ):
         decoding = await ask(client, [5], n=2, **limit)
-        prefilling = await ask(client, [5] * 900, prompt_logprobs=0, **limit)
+        prefilling = await ask(client, [5] * 3500, prompt_logprobs=0, **limit)
         await asyncio.gather(*(server.stop(0) for server in (*stack.prefill, *stack.decode)))
         waiting = await ask(client, [5], **limit)
     for answer in (decoding, prefilling, waiting):
