@@ -21,6 +21,7 @@ _MODULES = {
     "experiments.tokens": ("B12",),
     "experiments.balancing": ("B13",),
     "experiments.batching": ("B15",),
+    "experiments.fairness": ("FAIR",),
 }
 
 NAMES = tuple(sorted((n for names in _MODULES.values() for n in names), key=lambda n: (len(n), n)))
