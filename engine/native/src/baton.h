@@ -118,7 +118,8 @@ BATON_EXPORT int64_t baton_model_bytes(const BatonModel*);
 BATON_EXPORT int32_t baton_step(BatonModel*, const BatonBatch*, BatonTimes* times);
 
 // y [m, n] = x [m, k] times w [n, k] transposed, through packing and kernels as a step uses them: for
-// tests and benchmarks. `seconds` [repeats] gets the time of each multiplication, packing left out.
+// tests and benchmarks. Repeats go round copies of the packed weights, 512 MiB of them at most, so
+// that few rows read memory. `seconds` [repeats], or null, gets the time of each, packing left out.
 BATON_EXPORT int32_t baton_multiply(BatonTeam*, int32_t isa, int32_t weights, int64_t m, int64_t n,
                                     int64_t k, const float* x, const float* w, float* y,
                                     int32_t repeats, double* seconds);
