@@ -44,7 +44,7 @@ enum BatonVector : int32_t {
 struct BatonShape {
   int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary;
   int32_t activation;  // BatonActivation
-  int32_t weights;     // BatonFormat: F32, BF16, INT8 or INT4, what packed matrices hold
+  int32_t weights;     // BatonFormat: F32, BF16 or INT8, what packed matrices hold
   int32_t head;        // the same, of the output head
   int32_t kv;          // BatonFormat: F32, BF16 or INT8
   int32_t block_size;  // positions of a KV block

@@ -3,7 +3,7 @@
 // A panel is 32 output columns with all of their inputs, contiguous, so that one thread streams
 // it from memory once however many rows x has:
 //   F32   [k][32]            BF16  [k / 2][32][2]
-//   INT8  [k / 4][32][4]     INT4  groups of 32 inputs, see pack.h
+//   INT8  [k / 4][32][4]
 // k is padded with zeros to a multiple of 64, n to a multiple of 32. The order in which a row's
 // products are added never depends on how many rows there are: a token's numbers are the same in
 // every batch.
