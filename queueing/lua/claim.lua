@@ -63,7 +63,7 @@ local function visit(lane)
     local need = math.max(1, r.prompt + r.generated - r.cached)
     if need > free and not idle then return true end
     free, idle = free - need, false
-    lane.tag = lane.tag + cost_of_claim(r)
+    lane.tag = lane.tag + cost_of_claim(r, bill_of(r))
     if r.gateway == gateway then
       changed[lane] = changed[lane] or {}
       taken[#taken + 1] = { r, need }

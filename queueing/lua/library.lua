@@ -107,34 +107,55 @@ local function count_in_lane(r, change)
   end
 end
 
+-- What the lane of a request has paid for it and in which of its eras, and how the cost follows from its
+-- tokens: one field, because reports read every field of every request and seldom need these.
+local function bill_of(r)
+  local charged, era, each, longest = string.match(r.bill or '', '^(%S+) (%S+) (%S+) (%S+)$')
+  return { charged = tonumber(charged or r.cost), era = era or '0', each = tonumber(each or 0),
+    longest = tonumber(longest or 0) }
+end
+
+local function spell(bill)
+  return table.concat({ whole(bill.charged), bill.era, whole(bill.each), whole(bill.longest) }, ' ')
+end
+
 -- What a request costs with so many output tokens: `cost` counts on `expected` of them.
-local function cost_at(r, generated)
-  local each = tonumber(r.token_cost or 0)
-  if each == 0 then return tonumber(r.cost) end
-  return math.max(1, r.cost + each * (math.min(generated, r.longest) - r.expected))
+local function cost_at(r, bill, generated)
+  if bill.each == 0 then return tonumber(r.cost) end
+  return math.max(1, r.cost + bill.each * (math.min(generated, bill.longest) - r.expected))
 end
 
 -- What its lane pays when it is claimed.
-local function cost_of_claim(r) return math.max(r.cost, cost_at(r, r.generated)) end
+local function cost_of_claim(r, bill) return math.max(r.cost, cost_at(r, bill, r.generated)) end
 
--- Its lane pays for a claim; attach() writes that into the request. Returns the tag before.
+-- Its lane pays for a claim; attach() writes the bill. Returns the tag before.
 local function charge_lane(r)
-  local cost = cost_of_claim(r)
-  r.charged, r.era = whole(cost), redis.call('HGET', lane_key(lane_of(r)), 'era') or '0'
-  return redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', r.charged) - cost
+  local bill, name = bill_of(r), lane_key(lane_of(r))
+  bill.charged, bill.era = cost_of_claim(r, bill), redis.call('HGET', name, 'era') or '0'
+  r.bill = spell(bill)
+  return redis.call('HINCRBY', name, 'tag', whole(bill.charged)) - bill.charged
+end
+
+-- One that comes back is refunded.
+local function refund_lane(r)
+  local bill = bill_of(r)
+  redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', whole(-bill.charged))
+  bill.charged = 0
+  redis.call('HSET', request_key(r.id), 'bill', spell(bill))
 end
 
 -- The lane pays `cost` for a request, not what it has paid so far. Of what was claimed before the lane came
 -- back last only that counts which would have changed its tag then: else an idle tenant could save up what
 -- was charged too much. A lane that is gone stays gone.
-local function correct_lane(r, cost)
-  local change = cost - (r.charged or r.cost)
+local function correct_lane(r, bill, cost)
+  local change = cost - bill.charged
   if change == 0 then return end
   local name = lane_key(lane_of(r))
   local lane = redis.call('HMGET', name, 'tag', 'turn', 'era', 'surplus')
   if not lane[1] then return end
-  redis.call('HSET', request_key(r.id), 'charged', whole(cost))
-  if r.state ~= 'Q' and r.era ~= (lane[3] or '0') then
+  bill.charged = cost
+  redis.call('HSET', request_key(r.id), 'bill', spell(bill))
+  if r.state ~= 'Q' and bill.era ~= (lane[3] or '0') then
     local before = tonumber(lane[4] or 0)
     redis.call('HSET', name, 'surplus', whole(before + change))
     change = math.max(0, before + change) - math.max(0, before)
@@ -193,7 +214,7 @@ end
 
 local function attach(r, state, worker, epoch, fence, tokens, expiry)
   redis.call('HSET', request_key(r.id), 'state', state, 'worker', worker, 'epoch', epoch,
-    'fence', fence, 'tokens', tokens, 'served', 0, 'charged', r.charged or r.cost, 'era', r.era or '0')
+    'fence', fence, 'tokens', tokens, 'served', 0, 'bill', r.bill or '')
   redis.call('SADD', held_key(worker), r.id)
   redis.call('ZADD', LEASES, expiry, r.id)
 end
@@ -202,7 +223,10 @@ local function end_request(r, outcome, generated)
   generated = math.max(generated, r.generated)
   if r.state == 'Q' then dequeue(r) else detach(r) end
   count_in_lane(r, -1)
-  if r.state ~= 'Q' or generated > 0 then correct_lane(r, cost_at(r, generated)) end
+  if r.state ~= 'Q' or generated > 0 then
+    local bill = bill_of(r)
+    correct_lane(r, bill, cost_at(r, bill, generated))
+  end
   redis.call('ZREM', live_key(r.gateway), r.id)
   if redis.call('HINCRBY', TENANTS, r.tenant, -1) <= 0 then redis.call('HDEL', TENANTS, r.tenant) end
   redis.call('HSET', request_key(r.id), 'state', outcome, 'generated', generated)
@@ -220,8 +244,8 @@ local function requeue(r, t, fault)
     return 'E', fence
   end
   detach(r)
-  redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0, 'charged', 0)
-  redis.call('HINCRBY', lane_key(lane_of(r)), 'tag', -(r.charged or r.cost))
+  redis.call('HSET', request_key(r.id), 'state', 'Q', 'worker', '', 'epoch', '0', 'tokens', 0)
+  refund_lane(r)
   enqueue(r, t, false)
   return 'Q', fence
 end

@@ -27,14 +27,13 @@ for i = 3, #ARGV, 18 do
     local r = { id = id, tenant = tenant, prompt = ARGV[i + 2], priority = ARGV[i + 4],
       level = tonumber(ARGV[i + 6]), queued_at = whole(since), due = whole(since + ARGV[i + 12]),
       cost = whole(math.max(1, tonumber(ARGV[i + 13]))), deadline = deadline, urgent = '0',
-      generated = ARGV[i + 7], token_cost = ARGV[i + 15], expected = ARGV[i + 16], longest = ARGV[i + 17] }
+      generated = ARGV[i + 7], expected = ARGV[i + 16], bill = '0 0 ' .. ARGV[i + 15] .. ' ' .. ARGV[i + 17] }
     redis.call('HSET', request_key(id), 'state', 'Q', 'gateway', gateway, 'tenant', tenant,
       'priority', r.priority, 'prompt', r.prompt, 'cached', ARGV[i + 3], 'deadline', deadline,
       'queued_at', r.queued_at, 'level', r.level, 'first_level', r.level, 'spent', 0,
       'generated', ARGV[i + 7], 'faults', ARGV[i + 10] - 1, 'fence', '0', 'worker', '', 'epoch', '0',
       'tokens', 0, 'served', 0, 'handed', '', 'due', r.due, 'cost', r.cost,
-      'predicted', ARGV[i + 14], 'token_cost', r.token_cost, 'expected', r.expected, 'longest', r.longest,
-      'charged', 0, 'era', '0', 'urgent', '0')
+      'predicted', ARGV[i + 14], 'expected', r.expected, 'bill', r.bill, 'urgent', '0')
     count_in_lane(r, 1)
     redis.call('HINCRBY', TENANTS, tenant, 1)
     redis.call('ZADD', live_key(gateway), deadline == '' and '+inf' or deadline, id)

@@ -33,8 +33,10 @@ local function charge(r, generated, served)
     tokens = 0
   end
   generated = math.max(generated, r.generated)
-  local cost = cost_at(r, generated)
-  if cost > tonumber(r.charged or r.cost) then correct_lane(r, cost) end
+  if generated > tonumber(r.expected or generated) then
+    local bill = bill_of(r)
+    correct_lane(r, bill, math.max(bill.charged, cost_at(r, bill, generated)))
+  end
   redis.call('HSET', request_key(r.id), 'generated', generated, 'served', served,
     'spent', spent, 'level', r.level, 'tokens', tokens)
 end

@@ -39,8 +39,8 @@ redis.call('HSET', request_key(id), 'state', 'Q', 'gateway', gateway, 'tenant', 
   'priority', priority, 'prompt', prompt, 'cached', cached, 'deadline', deadline, 'queued_at', whole(t),
   'level', level, 'first_level', level, 'spent', 0, 'generated', 0, 'faults', 0, 'fence', '0',
   'worker', '', 'epoch', '0', 'tokens', 0, 'served', 0, 'handed', '', 'nonce', nonce,
-  'due', due, 'cost', cost, 'predicted', ARGV[12], 'token_cost', ARGV[13], 'expected', ARGV[14],
-  'longest', ARGV[15], 'charged', 0, 'era', '0', 'urgent', '0')
+  'due', due, 'cost', cost, 'predicted', ARGV[12], 'expected', ARGV[14],
+  'bill', '0 0 ' .. ARGV[13] .. ' ' .. ARGV[15], 'urgent', '0')
 if old then -- an ended request had this name, and its record an end
   redis.call('PERSIST', request_key(id))
   redis.call('HDEL', request_key(id), 'given_back')
