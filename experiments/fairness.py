@@ -171,11 +171,16 @@ def _draw(results: Results, folder: Path) -> list[Path]:
     return plots.panels_by_engine(results.where(experiment=NAME), path, 2, _draw_panels)
 
 
+def _drawable(record: Record) -> Record:
+    """Its band ends below the axes where it would end below 0, which has no logarithm."""
+    return replace(record, ci_low=max(record.ci_low, record.value / 100))
+
+
 def _draw_panels(mine: Results, title: str, panels: plots.Panels) -> None:
     for panel, (metric, name) in zip(panels, _METRICS, strict=True):
         found = mine.where(metric=metric)
         for policy in found.distinct("policy"):
-            points = _by_rate(found.where(policy=str(policy)))
+            points = [_drawable(r) for r in _by_rate(found.where(policy=str(policy)))]
             plots.line(panel, [p.at or 0.0 for p in points], points, str(policy))
         plots.log_scale(panel)
         panel.set_xlabel("what the flooding tenant asks for, times its share")
