@@ -126,6 +126,7 @@ class Reference:
     eras: dict[tuple[int, str], int] = field(default_factory=dict)
     surplus: dict[tuple[int, str], int] = field(default_factory=dict)
     virtual: dict[int, int] = field(default_factory=dict)
+    absorbed: int = 0  # corrections of an earlier era that changed less than they said
 
     def waiting(self) -> list[Entry]:
         """In no order."""
@@ -179,7 +180,9 @@ class Reference:
         if r.era != self.eras.get(r.lane, 0):
             before = self.surplus[r.lane]
             self.surplus[r.lane] = before + change
-            change = max(0, before + change) - max(0, before)
+            kept = max(0, before + change) - max(0, before)
+            self.absorbed += kept != change
+            change = kept
         self.tags[r.lane] += change
 
     def in_flight(self, worker: str) -> int:

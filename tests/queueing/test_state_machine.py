@@ -18,7 +18,8 @@ from tests.queueing.reference import SECOND
 STEPS = 120
 
 # What can happen: how often, and what each argument is drawn from.
-RULES: list[tuple[int, str, dict[str, Sequence[Any]]]] = [
+Rules = list[tuple[int, str, dict[str, Sequence[Any]]]]
+RULES: Rules = [
     (
         2,
         "time_passes",
@@ -71,13 +72,44 @@ RULES: list[tuple[int, str, dict[str, Sequence[Any]]]] = [
     ),
 ]
 
+# Three tenants whose queues are often empty while workers have requests of theirs.
+TURNS: Rules = [
+    (1, "time_passes", {"seconds": [0.001, 0.5], "silent": [""]}),
+    (
+        6,
+        "submit",
+        {
+            "gateway": ["g1"],
+            "tenant": "abc",
+            "prompt": [1],
+            "cached": [0],
+            "priority": [0],
+            "ttl": [None],
+            "reuse": [False],
+            "handicap": [0.0],
+            "cost": [0.125, 1.5, 4.0],
+            "predicted": [None],
+            "token_cost": [0.125, 0.5, 1.0],
+            "expected": [0, 1, 4],
+        },
+    ),
+    (6, "claim", {"gateway": ["g1"], "worker": ["p1", "d1"], "back": [0], "limit": [1, 4]}),
+    (1, "give_back", {"n": range(90), "back": [0], "tokens": range(3), "fault": [False]}),
+    (
+        4,
+        "finish",
+        {"n": range(90), "back": [None, 0], "outcome": list(Outcome), "tokens": range(5)},
+    ),
+    (2, "report", {"worker": ["p1", "d1"], "rows": []}),
+]
+
 
 class RandomHistory(History):
     """Draws what happens next."""
 
-    def step(self) -> None:
-        weights = [weight for weight, _, _ in RULES]
-        [(_, name, choices)] = self.random.choices(RULES, weights)
+    def step(self, rules: Rules = RULES) -> None:
+        weights = [weight for weight, _, _ in rules]
+        [(_, name, choices)] = self.random.choices(rules, weights)
         drawn = {k: self.random.choice(v) for k, v in choices.items() if v}
         if name == "report":
             drawn["rows"] = [
@@ -151,5 +183,19 @@ def test_any_history_agrees_with_the_model(url: str, seed: int):
             history.lanes_agree()
             history.depth_agrees()
             history.workers_never_hold_more_than_they_can_take()
+    finally:
+        history.teardown()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tenants_pay_alike_whatever_their_requests_generate(url: str, seed: int):
+    history = RandomHistory(url, seed)
+    try:
+        history.everybody_starts()
+        for _ in range(STEPS):
+            history.step(TURNS)
+            history.records_agree()
+            history.lanes_agree()
+        assert history.model.absorbed > 0
     finally:
         history.teardown()
