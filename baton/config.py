@@ -175,6 +175,11 @@ class WorkerConfig(SchedulingConfig):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8 packs weights as int8 at load; on a CPU, by the compiled backend"
     )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="number format of KV: that of dtype, or int8 with a scale per token and head; "
+        "the same for all workers, or there are no hand-offs",
+    )
     attention_backend: str = Field(
         "auto",
         description="what runs a pass: native (the compiled CPU backend), torch, or auto for the "
@@ -258,6 +263,9 @@ class ServeConfig(ProcessConfig):
     )
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8 packs weights as int8 at load"
+    )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="number format of KV: that of dtype, or int8"
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="threads per worker; the cores shared out if 0"

@@ -14,8 +14,9 @@ from baton.types import KvRef
 class KvLayout:
     """What the bytes of a block mean. Two engines exchange KV only if all of it is equal.
 
-    A block holds `block_size` tokens over all layers:
-    [layers, 2 (keys, values), block_size, kv_heads, head_dim] of `dtype`, contiguous.
+    A block holds `block_size` tokens over all layers: [layers, 2 (keys, values)] planes of
+    [block_size, kv_heads, head_dim] of `dtype`, contiguous. In int8 each plane is followed by
+    [block_size, kv_heads] scales.
     """
 
     model_fingerprint: str
@@ -25,13 +26,15 @@ class KvLayout:
     dtype: str
     block_size: int
     item_size: int  # bytes per number
+    scale_size: int = 0  # bytes of the scale that the numbers of one token and head share
 
     VERSION = 1
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        return self.layers * 2 * self.block_size * self.kv_heads * self.head_dim * self.item_size
+        head = self.head_dim * self.item_size + self.scale_size
+        return self.layers * 2 * self.block_size * self.kv_heads * head
 
     @property
     def digest(self) -> str:
@@ -45,6 +48,7 @@ class KvLayout:
             self.dtype,
             self.block_size,
             self.item_size,
+            self.scale_size,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

@@ -29,8 +29,9 @@ class Batch:
 
 
 class KvCache(Protocol):
-    """The paged pool as attention sees it. NHD blocks, block-major:
-    [blocks, layers, 2, block_size, kv_heads, head_dim]."""
+    """The paged pool as attention sees it. NHD blocks, block-major: [blocks, layers, 2] planes of
+    [block_size, kv_heads, head_dim], which in int8 are followed by [block_size, kv_heads] float32
+    scales, symmetric: a number is its int8 times the scale of its token and head."""
 
     block_size: int
 
@@ -40,6 +41,11 @@ class KvCache(Protocol):
 
     def values(self, layer: int) -> Tensor:
         """[blocks, block_size, kv_heads, head_dim] view of one layer's values."""
+        ...
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """[blocks, block_size, kv_heads] views of the scales of one layer's keys and values; None
+        if they are not int8."""
         ...
 
 

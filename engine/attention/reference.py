@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.attention.contract import Batch, KvCache
+from engine.attention.plane import Plane
 
 _GROUP_TOKENS = 256  # contexts of up to so many tokens share a group, whatever their length
 _MOST_DIAGONAL = 8  # key heads up to which `_block_diagonal` pays
@@ -77,9 +78,9 @@ class TorchAttention:
     ) -> Tensor:
         """See the contract."""
         work = self._prepared(batch, cache.block_size, window, q.dtype)
-        keys, values = cache.keys(layer), cache.values(layer)
-        keys[self._slots] = k
-        values[self._slots] = v
+        keys, values = Plane.pair(cache, layer)
+        keys.write(self._slots, k)
+        values.write(self._slots, v)
         if len(work.singles) == 1 and not work.prompts:
             return _attend_singles(q, keys, values, work.singles[0], scale, softcap)
         mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -201,13 +202,13 @@ def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attend_singles(
-    q: Tensor, keys: Tensor, values: Tensor, group: _Singles, scale: float, softcap: float | None
+    q: Tensor, keys: Plane, values: Plane, group: _Singles, scale: float, softcap: float | None
 ) -> Tensor:
     """q [S, heads, head_dim] -> the same shape."""
     count, heads, dim = q.shape
-    kv_heads = keys.shape[2]
-    k = keys.index_select(0, group.blocks).view(count, -1, kv_heads, dim)  # [S, C, kv_heads, dim]
-    v = values.index_select(0, group.blocks).view(count, -1, kv_heads, dim)
+    kv_heads = keys.kv_heads
+    k = keys.read(group.blocks, q.dtype).view(count, -1, kv_heads, dim)  # [S, C, kv_heads, dim]
+    v = values.read(group.blocks, q.dtype).view(count, -1, kv_heads, dim)
     # The heads that share a key head take the place of query positions: with a query length of 1
     # and heads expanded instead, bfloat16 attention on a CPU is ten times slower.
     grouped = q.reshape(count, kv_heads, heads // kv_heads, dim)
@@ -221,14 +222,14 @@ def _attend_singles(
 
 
 def _attend_prompt(
-    q: Tensor, keys: Tensor, values: Tensor, prompt: _Prompt, scale: float, softcap: float | None
+    q: Tensor, keys: Plane, values: Plane, prompt: _Prompt, scale: float, softcap: float | None
 ) -> Tensor:
     """q [L, heads, head_dim] -> the same shape."""
     length, heads, dim = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.kv_heads
     groups = heads // kv_heads
-    k = keys.index_select(0, prompt.blocks).view(-1, kv_heads, dim).transpose(0, 1)
-    v = values.index_select(0, prompt.blocks).view(-1, kv_heads, dim).transpose(0, 1)
+    k = keys.read(prompt.blocks, q.dtype).view(-1, kv_heads, dim).transpose(0, 1)
+    v = values.read(prompt.blocks, q.dtype).view(-1, kv_heads, dim).transpose(0, 1)
     grouped = q.reshape(length, kv_heads, groups, dim).permute(1, 2, 0, 3)
     mixed = torch.empty((length, kv_heads, groups, dim), dtype=q.dtype, device=q.device)
     for tile in prompt.tiles:

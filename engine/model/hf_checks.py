@@ -229,14 +229,13 @@ def _in_pieces(model: Paged, prompts: list[Tensor]) -> list[Tensor]:
 def _pool(model: Paged, prompts: list[Tensor]) -> KvPool:
     """Small blocks, enough for two sequences of the longest prompt."""
     dtype = model.dtype
-    geometry = KvGeometry(
+    geometry = KvGeometry.of(
         model_fingerprint="",
         layers=model.layers,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         block_size=_BLOCK_SIZE,
-        item_size=dtype.itemsize,
     )
     blocks = -(-max(len(prompt) for prompt in prompts) // _BLOCK_SIZE)
     return KvPool(geometry, 2 * blocks, device=prompts[0].device)

@@ -39,6 +39,7 @@ def load_executor(
     max_context: int = 0,
     attention_backend: str = "auto",
     quantization: str = "none",
+    kv_dtype: str = "auto",
     instruction_set: str = "auto",
     threads: int = 0,
     buffer: Callable[[int], memoryview] | None = None,
@@ -59,6 +60,7 @@ def load_executor(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        kv_dtype=kv_dtype,
         instruction_set=instruction_set,
         threads=threads,
         block_size=block_size,
@@ -103,6 +105,7 @@ def executor_from(
         max_context=config.max_context,
         attention_backend=config.attention_backend,
         quantization=config.quantization,
+        kv_dtype=config.kv_dtype,
         instruction_set=config.instruction_set,
         threads=config.threads,
         buffer=buffer,
@@ -122,14 +125,13 @@ def _require(device: str) -> None:
 
 
 def _geometry(path: Path, built: Built, options: ModelOptions) -> KvGeometry:
-    return KvGeometry(
+    return KvGeometry.of(
         model_fingerprint=fingerprint(path, options.quantization),
         layers=built.model.layers,
         kv_heads=built.model.kv_heads,
         head_dim=built.model.head_dim,
-        dtype=str(built.dtype).removeprefix("torch."),
+        dtype=built.kv_dtype,
         block_size=options.block_size,
-        item_size=built.dtype.itemsize,
     )
 
 

@@ -13,6 +13,7 @@ class ModelOptions:
     dtype: str
     device: str
     quantization: str
+    kv_dtype: str
     instruction_set: str
     threads: int
     block_size: int

@@ -1,5 +1,8 @@
 """The KV cache of one worker: numbered blocks of keys and values, all layers of a block together.
 
+In int8 a pool is planes of bytes, in which numbers and their scales are views; whoever moves whole
+blocks (swapping, the hand-off) sees bytes in every format.
+
 Knows nothing about who owns which block (scheduling does) or how blocks travel between workers
 (kv_transfer does, through `blocks`, `block_bytes` and `block`).
 """
@@ -13,12 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from baton.errors import ConfigError
+
+_SCALE = torch.float32  # the scales of an int8 pool
+
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
     """What the bytes of a block mean; the fields are those of kv_transfer's KvLayout.
 
-    A block is [layers, 2 (keys, values), block_size, kv_heads, head_dim] of `dtype`, contiguous.
+    A block is [layers, 2 (keys, values)] planes, contiguous. A plane is
+    [block_size, kv_heads, head_dim] of `dtype`, and in int8 [block_size, kv_heads] scales after it.
     """
 
     model_fingerprint: str
@@ -28,16 +36,54 @@ class KvGeometry:
     dtype: str  # torch's name, without "torch."
     block_size: int
     item_size: int  # bytes per number
+    scale_size: int = 0  # bytes of the scale that the numbers of one token and head share
+
+    @classmethod
+    def of(
+        cls,
+        model_fingerprint: str,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        block_size: int,
+    ) -> KvGeometry:
+        """That of KV in `dtype`. Raises ConfigError where int8 cannot hold such heads."""
+        scaled = dtype is torch.int8
+        if scaled and head_dim % _SCALE.itemsize:
+            raise ConfigError(f"--kv-dtype int8: head_dim {head_dim} is no multiple of 4")
+        return cls(
+            model_fingerprint,
+            layers,
+            kv_heads,
+            head_dim,
+            str(dtype).removeprefix("torch."),
+            block_size,
+            dtype.itemsize,
+            _SCALE.itemsize if scaled else 0,
+        )
 
     @property
-    def block_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of one block over all layers."""
-        return (self.layers, 2, self.block_size, self.kv_heads, self.head_dim)
+    def plane_shape(self) -> tuple[int, int, int]:
+        """Shape of the numbers of a plane."""
+        return (self.block_size, self.kv_heads, self.head_dim)
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of one layer's keys, or values, of a block."""
+        head = self.head_dim * self.item_size + self.scale_size
+        return self.block_size * self.kv_heads * head
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of one block over all layers, as a pool stores it: planes of bytes if scaled."""
+        plane = (self.plane_bytes,) if self.scale_size else self.plane_shape
+        return (self.layers, 2, *plane)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        return math.prod(self.block_shape) * self.item_size
+        return self.layers * 2 * self.plane_bytes
 
 
 class KvPool:
@@ -70,8 +116,10 @@ class KvPool:
         else:
             count = math.prod(shape)
             self.storage = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
-        self._keys = tuple(self.storage[:, layer, 0] for layer in range(geometry.layers))
-        self._values = tuple(self.storage[:, layer, 1] for layer in range(geometry.layers))
+        layers = [_layer(self.storage[:, layer], geometry) for layer in range(geometry.layers)]
+        self._keys = tuple(keys for keys, _, _ in layers)
+        self._values = tuple(values for _, values, _ in layers)
+        self._scales = tuple(scales for _, _, scales in layers)
 
     def keys(self, layer: int) -> Tensor:
         """[blocks, block_size, kv_heads, head_dim] view of one layer's keys."""
@@ -80,6 +128,11 @@ class KvPool:
     def values(self, layer: int) -> Tensor:
         """[blocks, block_size, kv_heads, head_dim] view of one layer's values."""
         return self._values[layer]
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """[blocks, block_size, kv_heads] views of the scales of one layer's keys and values; None
+        if the numbers are what they seem."""
+        return self._scales[layer]
 
     def block(self, index: int) -> memoryview:
         """Writable bytes of one block, over all layers, contiguous. On a CPU only."""
@@ -92,3 +145,16 @@ class KvPool:
         """Zero these blocks, before a sequence begins to fill them."""
         for block in blocks:
             self.storage[block].zero_()
+
+
+def _layer(
+    planes: Tensor, geometry: KvGeometry
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """A layer's keys, its values and the scales of both, in its planes [blocks, 2, ...]."""
+    if not geometry.scale_size:
+        return planes[:, 0], planes[:, 1], None
+    numbers = planes[..., : math.prod(geometry.plane_shape)]
+    numbers = numbers.view(len(planes), 2, *geometry.plane_shape)
+    scales = planes[..., math.prod(geometry.plane_shape) :].view(_SCALE)
+    scales = scales.view(len(planes), 2, *geometry.plane_shape[:2])
+    return numbers[:, 0], numbers[:, 1], (scales[:, 0], scales[:, 1])

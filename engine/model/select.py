@@ -35,7 +35,7 @@ class Built:
     """A model with its weights."""
 
     model: PagedModel
-    dtype: torch.dtype  # of its KV
+    kv_dtype: torch.dtype
     torch_threads: int  # that a pass may use; 0 for torch's own choice
 
 
@@ -62,6 +62,7 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
         library,
         StepOptions(
             dtype=dtype,
+            kv_dtype=_kv_dtype(options, dtype),
             quantization=QUANTIZATIONS[options.quantization],
             block_size=options.block_size,
             max_tokens=options.max_batch_tokens,
@@ -73,7 +74,9 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
     _logger.info(
         "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
     )
-    return Built(model, dtype, torch_threads=1)  # two pools of threads on the same cores collide
+    return Built(
+        model, _kv_dtype(options, dtype), torch_threads=1
+    )  # two pools of threads on the same cores collide
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
@@ -95,7 +98,12 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
         module, _, name = found.partition(":")
         build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
         model = build(config, checkpoint, attention)
-    return Built(model, checkpoint.dtype, options.threads)
+    return Built(model, _kv_dtype(options, checkpoint.dtype), options.threads)
+
+
+def _kv_dtype(options: ModelOptions, dtype: torch.dtype) -> torch.dtype:
+    """The format of KV beside a model that computes in `dtype`."""
+    return torch.int8 if options.kv_dtype == "int8" else dtype
 
 
 def _slow_as_stored(stored: torch.dtype | None, device: str) -> torch.dtype | None:

@@ -38,7 +38,8 @@ _FIRST_ROTATIONS = 2048  # positions that the table of a fixed RoPE begins with
 class StepOptions:
     """How the library runs a model; what depends on the worker and not on the model."""
 
-    dtype: torch.dtype  # of the KV, and of the weights unless they are quantized
+    dtype: torch.dtype  # of the weights unless they are quantized
+    kv_dtype: torch.dtype
     quantization: Format | None
     block_size: int
     max_tokens: int  # of one pass
@@ -133,7 +134,7 @@ def _shape(config: ModelConfig, shape: Shape, options: StepOptions) -> library.S
         activation=ACTIVATIONS[config.source.hidden_act],
         weights=weights,
         head=weights,
-        kv=FORMATS[options.dtype],
+        kv=Format.INT8 if options.kv_dtype is torch.int8 else FORMATS[options.dtype],
         block_size=options.block_size,
         max_tokens=options.max_tokens,
         eps=shape.eps,

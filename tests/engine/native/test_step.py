@@ -145,6 +145,7 @@ def compiled_model(
     checkpoint: Any = RandomCheckpoint(dtype)
     options = StepOptions(
         dtype=dtype,
+        kv_dtype=dtype,
         quantization=quantization,
         block_size=block_size,
         max_tokens=1024,
