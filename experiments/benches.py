@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from experiments.engines import Engine, Setup, SimulatedEngine
@@ -13,7 +13,7 @@ from scheduling.cost import LinearCost
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
 from scheduling.simulator.topics import Topics
-from scheduling.simulator.traffic import SHAREGPT, Lengths, LogNormal, offline
+from scheduling.simulator.traffic import SHAREGPT, Job, Lengths, LogNormal, offline
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ PREDICTABILITY = 0.85
 @dataclass(frozen=True, slots=True)
 class Bench:
     """`traffic`: ShareGPT-like. `scale`: how many times shorter than ShareGPT's its outputs are.
-    `count`: jobs of one run; `backlog`: jobs of the run that measures saturation."""
+    `count`: jobs of one run; `backlog`: at least so many of them measure saturation."""
 
     engine: Engine
     traffic: Traffic
@@ -86,19 +86,33 @@ _A100_STEP = SimulatedEngine(
 ).step_seconds
 
 
-def saturation(run: Run, made: Bench, traffic: Traffic) -> float:
-    """The steady saturation rate, in jobs per second: completions in the middle 80% of a
-    backlogged first-come-first-served run. Measured once per run and distribution, over many jobs:
-    at load 0.9, an error of 2% in the rate is one of 20% in what is left of it."""
+def saturation(run: Run, made: Bench, traffic: Traffic, seed: int) -> float:
+    """The steady saturation rate of a seed's jobs, in jobs per second: completions in the middle
+    80% of a backlogged first-come-first-served run.
+
+    The backlog repeats the very jobs that the seed's trials serve: outputs have heavy tails, so a
+    thousand jobs are several percent more or less work than a thousand others, and at load 0.9
+    an error of 2% in the rate is one of 20% in what is left of it. Measured once per seed.
+    """
 
     def measure() -> float:
         run.progress.expect(1)
-        jobs = traffic.jobs(offline, made.backlog, 10_000)
+        jobs = _repeated(traffic.jobs(offline, made.count, seed), made.backlog)
         outcome = made.engine.serve(jobs, Setup(lambda cost: make_policy("fcfs", cost=cost)))
-        run.progress.done(f"{traffic.name}: saturation")
+        run.progress.done(f"{traffic.name}, seed {seed}: saturation")
         return outcome.completion_rate()
 
-    return run.once(("saturation", traffic.name), measure)
+    return run.once(("saturation", traffic.name, made.count, seed), measure)
+
+
+def _repeated(jobs: Sequence[Job], count: int) -> list[Job]:
+    """The jobs over and over, whole rounds of them, until there are at least `count`."""
+    rounds = -(-count // len(jobs))
+    return [
+        replace(job, id=f"{turn}-{job.id}") if turn else job
+        for turn in range(rounds)
+        for job in jobs
+    ]
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:

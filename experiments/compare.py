@@ -62,8 +62,8 @@ def _measure(
 ) -> Trials:
     run.progress.expect(len(orders) * len(run.seeds))
     found: Trials = {order.label: [] for order in orders}
-    rate = load * saturation(run, bench, traffic)
     for number, seed in enumerate(run.seeds):
+        rate = load * saturation(run, bench, traffic, seed)
         jobs = traffic.jobs(gamma(rate, cv), bench.count, seed)
         for order in rotated(orders, number):
             source = order.feed(run, traffic, jobs, seed)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from experiments.benches import Bench, bench, rotated, saturation
 from experiments.compare import records, trials
 from experiments.engines import Setup
@@ -44,11 +46,14 @@ def test_the_rate_of_a_trial_follows_the_load() -> None:
     assert slow[0]["mean_jct_s"] < fast[0]["mean_jct_s"]
 
 
-def test_saturation_is_what_a_backlogged_engine_completes() -> None:
+def test_saturation_is_what_an_engine_completes_of_a_backlog_of_the_trial_s_jobs() -> None:
     run, made = small()
-    jobs = made.traffic.jobs(offline, 80, 10_000)
-    outcome = made.engine.serve(jobs, Setup(lambda cost: make_policy("fcfs", cost=cost)))
-    assert saturation(run, made, made.traffic) == outcome.completion_rate()
+    jobs = made.traffic.jobs(offline, made.count, 7)
+    again = [replace(job, id=f"again-{job.id}") for job in jobs]
+    fcfs = Setup(lambda cost: make_policy("fcfs", cost=cost))
+    outcome = made.engine.serve([*jobs, *again], fcfs)
+    twice = replace(made, backlog=made.count + 1)
+    assert saturation(run, twice, made.traffic, 7) == outcome.completion_rate()
 
 
 def test_records_have_ratios_to_first_come_first_served_and_to_the_oracle() -> None:
