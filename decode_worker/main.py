@@ -68,6 +68,7 @@ class DecodeServer:
             executor.fingerprint,
             layout,
             capacity,
+            weight_dtype=executor.weight_dtype,
             capacity_tokens=capacity.blocks * capacity.block_size,
             max_context=capacity.longest_sequence,
             batch_sequences=capacity.max_sequences,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 import grpc.aio
@@ -50,7 +51,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         facts = self._gateway.facts
         workers = self._gateway.fleet.records
         digests = {worker.model for worker in workers}
-        dtype = ", ".join(sorted({worker.dtype for worker in workers}))
         chat = ("chat",) if self._gateway.tokenizer.template is not None else ()
         model = Model(
             name=facts.name,
@@ -58,8 +58,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             max_context_tokens=self._gateway.max_context(),
             vocab_size=facts.vocab_size,
             capabilities=sorted(CAPABILITIES + chat),
-            weight_dtype=dtype,
-            kv_dtype=dtype,
+            weight_dtype=_listed(worker.weight_dtype for worker in workers),
+            kv_dtype=_listed(worker.kv_dtype for worker in workers),
         )
         return ListModelsResponse(models=[model])
 
@@ -89,3 +89,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             return DetokenizeResponse(text=decode(ids, skip_special_tokens=False))
         text = await asyncio.to_thread(decode, ids, skip_special_tokens=False)
         return DetokenizeResponse(text=text)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names)))

@@ -72,6 +72,7 @@ class PrefillServer:
             executor.fingerprint,
             layout,
             capacity,
+            weight_dtype=executor.weight_dtype,
             capacity_tokens=min(
                 CLAIMED_PASSES * capacity.max_tokens, capacity.blocks * capacity.block_size
             ),

@@ -87,7 +87,8 @@ class WorkerRecord:
     max_context: int
     draining: bool
     load: Load | None = None  # last reported
-    dtype: str = ""  # number format of weights and KV
+    weight_dtype: str = ""  # number formats
+    kv_dtype: str = ""
     batch_sequences: int | None = None  # most in one pass; None: it did not say
 
 
@@ -103,7 +104,8 @@ class Registration:
     capacity_tokens: int
     capacity_blocks: int
     max_context: int
-    dtype: str = ""
+    weight_dtype: str = ""
+    kv_dtype: str = ""
     batch_sequences: int | None = None
 
 

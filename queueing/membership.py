@@ -82,6 +82,7 @@ def registration(
     layout: Layout,
     capacity: Capacity,
     *,
+    weight_dtype: str,
     capacity_tokens: int,
     max_context: int,
     batch_sequences: int | None = None,
@@ -97,7 +98,8 @@ def registration(
         capacity_tokens=capacity_tokens,
         capacity_blocks=capacity.blocks,
         max_context=max_context,
-        dtype=layout.dtype,
+        weight_dtype=weight_dtype,
+        kv_dtype=layout.dtype,
         batch_sequences=batch_sequences,
     )
 

@@ -241,7 +241,8 @@ class RedisWorkerQueue:
             "capacity_tokens": it.capacity_tokens,
             "capacity_blocks": it.capacity_blocks,
             "max_context": it.max_context,
-            "dtype": it.dtype,
+            "weight_dtype": it.weight_dtype,
+            "kv_dtype": it.kv_dtype,
             "batch_sequences": "" if it.batch_sequences is None else it.batch_sequences,
         }
         flat = [part for pair in fields.items() for part in pair]
@@ -294,7 +295,8 @@ def _worker(id: str, fields: dict[str, str]) -> WorkerRecord:
         max_context=int(fields["max_context"]),
         draining=fields["draining"] == "1",
         load=Load(**json.loads(fields["load"])) if fields["load"] else None,
-        dtype=fields["dtype"],
+        weight_dtype=fields["weight_dtype"],
+        kv_dtype=fields["kv_dtype"],
         batch_sequences=int(fields["batch_sequences"]) if fields.get("batch_sequences") else None,
     )
 

@@ -81,7 +81,14 @@ def load_executor(
         host_blocks=host_kv_memory // geometry.block_bytes,
     )
     limits = Threads(built.torch_threads)
-    return TorchExecutor(built.model, pool, capacity, limits, swap_bandwidth=swap_bandwidth)
+    return TorchExecutor(
+        built.model,
+        pool,
+        capacity,
+        limits,
+        weight_dtype=built.weight_dtype,
+        swap_bandwidth=swap_bandwidth,
+    )
 
 
 def executor_from(

@@ -44,12 +44,14 @@ class TorchExecutor:
         capacity: Capacity,
         threads: Threads,
         *,
+        weight_dtype: str = "",
         swap_bandwidth: float = 0.0,
     ) -> None:
         """`swap_bandwidth`: most bytes per second each way, 0 for no limit. Raises ConfigError
         where swapping is asked for and cannot be."""
         self.model = model
         self.pool = pool
+        self.weight_dtype = weight_dtype  # for people; that of the KV is in the pool's geometry
         self._swapper = Swapper(pool, capacity.host_blocks, bandwidth=swap_bandwidth)
         self._capacity = capacity
         self._threads = threads

@@ -35,6 +35,7 @@ class Built:
     """A model with its weights."""
 
     model: PagedModel
+    weight_dtype: str  # name of the weights' number format
     kv_dtype: torch.dtype
     torch_threads: int  # that a pass may use; 0 for torch's own choice
 
@@ -70,13 +71,12 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
             isa=isa,
         ),
     )
-    weights = str(dtype).removeprefix("torch.") if options.quantization == "none" else "int8"
+    weights = _name(dtype) if options.quantization == "none" else options.quantization
     _logger.info(
         "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
     )
-    return Built(
-        model, _kv_dtype(options, dtype), torch_threads=1
-    )  # two pools of threads on the same cores collide
+    # One thread of torch's: two pools of threads on the same cores collide.
+    return Built(model, weights, _kv_dtype(options, dtype), torch_threads=1)
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
@@ -98,7 +98,12 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
         module, _, name = found.partition(":")
         build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
         model = build(config, checkpoint, attention)
-    return Built(model, _kv_dtype(options, checkpoint.dtype), options.threads)
+    kv_dtype = _kv_dtype(options, checkpoint.dtype)
+    return Built(model, _name(checkpoint.dtype), kv_dtype, options.threads)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kv_dtype(options: ModelOptions, dtype: torch.dtype) -> torch.dtype:

@@ -252,15 +252,17 @@ async def test_timings_add_up(run_stack: Run, model: TinyModel, prefill: int) ->
 # -- Models and status -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-async def test_models_are_listed_with_the_number_format_that_runs(
-    run_stack: Run, dtype: str
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [("auto", "auto"), ("float32", "int8")])
+async def test_models_are_listed_with_the_number_formats_that_run(
+    run_stack: Run, dtype: str, kv_dtype: str
 ) -> None:
-    async with run_stack(DEMO, dtype=dtype, kv_memory=2**24) as stack, stack.client() as client:
+    formats = {"dtype": dtype, "kv_dtype": kv_dtype}
+    async with run_stack(DEMO, **formats, kv_memory=2**24) as stack, stack.client() as client:
         (listed,) = await client.list_models()
         own = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
         runs = own if dtype == "auto" else dtype
-        assert (listed.weight_dtype, listed.kv_dtype) == (runs, runs)
+        kept = runs if kv_dtype == "auto" else kv_dtype
+        assert (listed.weight_dtype, listed.kv_dtype) == (runs, kept)
         assert listed.revision
         assert listed.max_context_tokens == 1024
         accepted = (await ask(client, "x", model=listed.name, max_tokens=1)).accepted

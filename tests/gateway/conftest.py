@@ -44,7 +44,8 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "vocab_size": 400,
             "max_position_embeddings": 256,
             "eos_token_id": 1,
-            "dtype": "float32",
+            "weight_dtype": "float32",
+            "kv_dtype": "float32",
         },
         "generation_config.json": {"eos_token_id": [1], "repetition_penalty": 1.1},
         "tokenizer_config.json": {

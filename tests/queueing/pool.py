@@ -50,7 +50,8 @@ class Pool:
             capacity_tokens=capacity_tokens,
             capacity_blocks=8,
             max_context=4096,
-            dtype="bfloat16",
+            weight_dtype="int8",
+            kv_dtype="bfloat16",
         )
         queue = RedisWorkerQueue(self.url, self.name, registration, clock=self.clock)
         self._open.append(queue)

@@ -201,7 +201,8 @@ async def test_the_last_reported_load_is_in_the_worker_record(cluster: Pool):
     assert (await record(gateway, "p")).load is None
     await worker.report([], Load(1, 2, 3, 4, draining=True, steps_per_second=5.5))
     assert (await record(gateway, "p")).load == Load(1, 2, 3, 4, True, 5.5)
-    assert (await record(gateway, "p")).dtype == "bfloat16"
+    known = await record(gateway, "p")
+    assert (known.weight_dtype, known.kv_dtype) == ("int8", "bfloat16")
 
 
 async def test_ended_requests_are_forgotten_soon(cluster: Pool, redis_url: str):
