@@ -10,7 +10,7 @@
 #define BATON_EXPORT extern "C" __attribute__((visibility("default")))
 
 // Numbers as they are stored. int8: per row or column a float32 scale beside them.
-enum BatonFormat : int32_t { BATON_F32 = 0, BATON_BF16 = 1, BATON_F16 = 2, BATON_INT8 = 3, BATON_INT4 = 4 };
+enum BatonFormat : int32_t { BATON_F32 = 0, BATON_BF16 = 1, BATON_F16 = 2, BATON_INT8 = 3 };
 
 // The instruction sets that kernels exist for, each one including those before it.
 enum BatonIsa : int32_t {
