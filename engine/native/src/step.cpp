@@ -152,8 +152,7 @@ struct Step::Worker {
     Packed packed = matrix.view();
     Rows x = from.rows(count);
     step.gemm_.begin();
-    for (int panel; (panel = step.team_.next(packed.panels_count())) >= 0;)
-      step.gemm_.panel(packed, x, panel, {take, this});
+    baton::multiply(step.gemm_, packed, x, step.team_, {take, this});
     step.gemm_.end();
   }
 

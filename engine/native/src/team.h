@@ -15,7 +15,8 @@ namespace baton {
 
 class Team {
  public:
-  // cpus: one per thread, or null. The caller of `run` is thread 0 and is never pinned.
+  // cpus: one per thread, or null. The caller of `run` is thread 0 and is never pinned. Without cpus
+  // the other threads keep off the processor that the caller is on, if there are enough.
   Team(int threads, const int32_t* cpus);
   ~Team();
   Team(const Team&) = delete;

@@ -66,6 +66,22 @@ def test_threads_run_where_they_are_pinned_and_the_caller_anywhere(library: Libr
     library.functions.baton_team_free(team)
 
 
+def test_threads_that_are_not_pinned_keep_off_the_processor_of_the_caller(library: Library) -> None:
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("one processor")
+    before = threads_here()
+    team = library.functions.baton_team_new(2, None)
+    (thread,) = threads_here() - before
+    x, w = operands(2, 64, 64)
+    multiply(library, team, library.isa, Format.F32, x, w)
+    allowed = os.sched_getaffinity(int(thread))
+    assert allowed < mine
+    assert len(allowed) == len(mine) - 1
+    assert os.sched_getaffinity(0) == mine
+    library.functions.baton_team_free(team)
+
+
 def test_teams_that_cannot_be_are_refused_with_a_reason(library: Library) -> None:
     assert library.functions.baton_team_new(0, None) is None
     assert "team" in library.error()
