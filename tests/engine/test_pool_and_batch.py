@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import struct
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
 from engine.model.batch import begun_blocks, build_batch
 from engine.model.load import load_executor
@@ -21,6 +23,7 @@ from scheduling.sequence import Sequence
 GEOMETRY = KvGeometry(
     "f", layers=3, kv_heads=2, head_dim=8, dtype="bfloat16", block_size=4, item_size=2
 )
+INT8 = KvGeometry.of("f", 3, 2, 8, torch.int8, 4)
 
 
 def a_sequence(tokens: int, blocks: list[int], **request: Any) -> Sequence:
@@ -61,16 +64,50 @@ def test_the_pool_can_live_in_memory_of_the_caller() -> None:
     assert memory[5 * GEOMETRY.block_bytes - 2 : 5 * GEOMETRY.block_bytes] == b"\x80\x3f"
 
 
+def test_an_int8_block_is_planes_of_numbers_and_the_scales_after_them() -> None:
+    pool = KvPool(INT8, 5)
+    keys, values = pool.scales(2) or pytest.fail("no scales")
+    pool.keys(2)[3, 1, 1, 7] = -5
+    values[3, 2, 0] = 1.5
+    block = pool.block(3)
+    plane = 4 * 2 * (8 + 4)
+    assert len(block) == INT8.block_bytes == 3 * 2 * plane
+    key, scale = bytearray(plane), bytearray(plane)
+    key[(1 * 2 + 1) * 8 + 7] = 0xFB
+    at = 4 * 2 * 8 + 2 * 2 * 4
+    scale[at : at + 4] = struct.pack("<f", 1.5)
+    assert bytes(block) == bytes(4 * plane) + bytes(key) + bytes(scale)
+    assert keys.shape == values.shape == (5, 4, 2)
+
+
+def test_an_int8_block_takes_its_scales_along_and_is_cleared_with_them() -> None:
+    source, target = KvPool(INT8, 2), KvPool(INT8, 4)
+    source.storage.copy_(torch.randint(-128, 128, source.storage.shape))
+    target.block(3)[:] = source.block(1)
+    for layer in range(3):
+        assert torch.equal(target.keys(layer)[3], source.keys(layer)[1])
+        for theirs, ours in zip(target.scales(layer), source.scales(layer), strict=True):
+            assert torch.equal(theirs[3].view(torch.int32), ours[1].view(torch.int32))
+    target.clear([3])
+    assert not target.storage.any()
+
+
+def test_heads_whose_int8_scales_would_lie_askew_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--kv-dtype int8: head_dim 6"):
+        KvGeometry.of("f", 1, 1, 6, torch.int8, 1)
+
+
 @pytest.mark.parametrize("index", [-1, 5])
 def test_a_block_outside_the_pool_is_an_error(index: int) -> None:
     with pytest.raises(IndexError):
         KvPool(GEOMETRY, 5).block(index)
 
 
-def test_the_pool_is_what_the_hand_off_expects() -> None:
-    pool = KvPool(GEOMETRY, 5)
+@pytest.mark.parametrize("geometry", [GEOMETRY, INT8], ids=["bfloat16", "int8"])
+def test_the_pool_is_what_the_hand_off_expects(geometry: KvGeometry) -> None:
+    pool = KvPool(geometry, 5)
     store: BlockStore = pool
-    layout = KvLayout(**asdict(GEOMETRY))
+    layout = KvLayout(**asdict(geometry))
     assert store.block_bytes == layout.block_bytes
     assert store.blocks == 5
 

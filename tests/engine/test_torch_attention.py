@@ -50,6 +50,13 @@ def expected(
     return torch.stack(rows)
 
 
+def in_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each head of each token as int8, and its scale."""
+    x = x.float()
+    scales = x.abs().amax(-1) / 127
+    return (x / scales[..., None]).round().to(torch.int8), scales
+
+
 class Scene:
     """Sequences with random history in a shuffled pool, about to run one pass."""
 
@@ -61,13 +68,12 @@ class Scene:
         kv_heads: int,
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """`chunks`: (start, length) of each."""
         torch.manual_seed(3)
         needed = [-(-(start + length) // block_size) for start, length in chunks]
-        geometry = KvGeometry(
-            "", 2, kv_heads, DIM, str(dtype).removeprefix("torch."), block_size, dtype.itemsize
-        )
+        geometry = KvGeometry.of("", 2, kv_heads, DIM, kv_dtype or dtype, block_size)
         self.pool = KvPool(geometry, sum(needed) + 3)
         free = list(range(self.pool.blocks))
         random.Random(5).shuffle(free)
@@ -89,9 +95,21 @@ class Scene:
     def _store(self, sequence: Sequence, kv: Tensor) -> None:
         size = self.pool.block_size
         for position in range(kv.shape[1]):
-            block, offset = sequence.blocks[position // size], position % size
-            self.pool.keys(1)[block, offset] = kv[0, position]
-            self.pool.values(1)[block, offset] = kv[1, position]
+            slot = sequence.blocks[position // size], position % size
+            planes = (self.pool.keys(1), self.pool.values(1))
+            scales = self.pool.scales(1)
+            for which, plane in enumerate(planes):
+                if scales is None:
+                    plane[slot] = kv[which, position]
+                else:
+                    plane[slot], scales[which][slot] = in_int8(kv[which, position])
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """What the pool makes of keys or values."""
+        if self.pool.scales(1) is None:
+            return x
+        numbers, scales = in_int8(x)
+        return numbers * scales[..., None]
 
     def check(self, tolerance: float, **options: Any) -> None:
         """The backend's output for layer 1 is what attention is by definition."""
@@ -103,8 +121,8 @@ class Scene:
         row = 0
         for chunk, kv in zip(self.chunks, self.history, strict=True):
             rows = slice(row, row + chunk.length)
-            keys = torch.cat((kv[0], self.k[rows]))
-            values = torch.cat((kv[1], self.v[rows]))
+            keys = self._kept(torch.cat((kv[0], self.k[rows])))
+            values = self._kept(torch.cat((kv[1], self.v[rows])))
             right = expected(
                 self.q[rows],
                 keys,
@@ -134,6 +152,24 @@ def test_a_mixed_batch_is_attended_to_by_definition(
 def test_bfloat16_is_right_to_its_precision(heads: int, kv_heads: int, window: int | None) -> None:
     scene = Scene(MIXED, heads=heads, kv_heads=kv_heads, dtype=torch.bfloat16)
     scene.check(0.05, window=window)
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
+def test_int8_is_what_its_rounded_keys_and_values_make(
+    heads: int, kv_heads: int, block_size: int
+) -> None:
+    for window in (None, 13):
+        scene = Scene(
+            MIXED, heads=heads, kv_heads=kv_heads, block_size=block_size, kv_dtype=torch.int8
+        )
+        scene.check(1e-5, window=window)
+
+
+def test_int8_beside_bfloat16_is_right_to_the_precision_of_bfloat16() -> None:
+    for kv_heads in (2, 12):
+        scene = Scene(MIXED, heads=12, kv_heads=kv_heads, dtype=torch.bfloat16, kv_dtype=torch.int8)
+        scene.check(0.05)
 
 
 def test_float16_is_right_to_its_precision() -> None:
@@ -178,6 +214,18 @@ def test_only_the_slots_of_the_pass_are_written() -> None:
     assert not changed[:, 0].any()
     written = changed[:, 1].all(1).flatten().nonzero().flatten().tolist()
     assert written == sorted(scene.batch.slots.tolist())
+
+
+def test_only_the_slots_of_the_pass_are_written_in_int8() -> None:
+    scene = Scene([(5, 1), (0, 3)], heads=4, kv_heads=2, block_size=4, kv_dtype=torch.int8)
+    before = scene.pool.storage.clone()
+    TorchAttention().attend(1, scene.q, scene.k, scene.v, scene.batch, scene.pool, scale=1.0)
+    changed = scene.pool.storage != before  # [blocks, layers, 2, plane_bytes]
+    numbers, scales = changed.split((4 * 2 * DIM, 4 * 2 * 4), -1)
+    assert not changed[:, 0].any()
+    for part in (numbers, scales):
+        written = part[:, 1].unflatten(-1, (4, -1)).any(-1).all(1).flatten().nonzero().flatten()
+        assert written.tolist() == sorted(scene.batch.slots.tolist())
 
 
 def test_backends_are_chosen_by_name() -> None:

@@ -77,7 +77,9 @@ def test_transports_are_known_by_name():
             GrpcDialer("", transports=transports)
 
 
-@pytest.mark.parametrize("change", ["model_fingerprint", "dtype", "layers", "block_size"])
+@pytest.mark.parametrize(
+    "change", ["model_fingerprint", "dtype", "layers", "block_size", "scale_size"]
+)
 def test_every_part_of_the_layout_counts(layout: KvLayout, change):
     other = "x" if isinstance(getattr(layout, change), str) else 3
     assert dataclasses.replace(layout, **{change: other}).digest != layout.digest
