@@ -4,8 +4,8 @@
         --plots docs/images
 
 RESULTS holds one folder or file per benchmark, as each wrote it with --out: engine*.json (`baton
-bench engine`: its results.json), host-work*.json, startup*.json and peers*.json (`python -m
-benchmarks.peers`: its results.json). Several of a kind become one table.
+bench engine`: its results.json), host-work*.json, startup*.json, accuracy*.json and peers*.json
+(`python -m benchmarks.peers`: its results.json). Several of a kind become one table.
 
 The page has pairs of comments, `<!-- tables NAME -->` and `<!-- end -->`. What stands between them
 is replaced; all other text is left as it is. Without --page the tables are printed.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import host_work, startup
+from benchmarks import accuracy, host_work, startup
 from benchmarks.peers import records as peer_records
 from benchmarks.peers import report as peer_report
 from engine.bench import plots
@@ -28,6 +28,7 @@ from engine.bench.tables import tables
 
 _BLOCK = re.compile(r"(<!-- tables (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _REFERENCE = "baton"
+OWN = {"host-work": host_work.table, "startup": startup.table, "accuracy": accuracy.table}
 ENGINE = ("ceilings", "prompts", "batches", "contexts", "cost", "beside")
 
 
@@ -37,7 +38,7 @@ def fill(page: str, found: dict[str, str]) -> str:
 
     def replaced(place: re.Match[str]) -> str:
         name = place["name"]
-        if name not in (*ENGINE, "host-work", "startup", "peers"):
+        if name not in (*ENGINE, *OWN, "peers"):
             raise ValueError(f"the page wants tables of {name}, which no benchmark makes")
         return f"{place[1]}\n{found.get(name, 'Not run.').rstrip()}\n\n{place[3]}"
 
@@ -47,7 +48,7 @@ def fill(page: str, found: dict[str, str]) -> str:
 def made_of(results: Path) -> dict[str, str]:
     """The Markdown of every table that there are results for, by name."""
     found = {name: table.markdown() for name, table in tables(_all(results, "engine")).items()}
-    for name, table in (("host-work", host_work.table), ("startup", startup.table)):
+    for name, table in OWN.items():
         if records := _all(results, name):
             found[name] = table(records).markdown()
     if compared := _peers(results):
