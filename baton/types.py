@@ -78,7 +78,8 @@ class Request:
 
     `logprobs` and `prompt_logprobs` count alternatives; None means none are reported at all.
     `arrived_at` and `deadline` are seconds on the clock of the process that holds the request;
-    `waited` is how old it was when it came there, as clocks of two hosts never meet.
+    `waited` is how old it was when it came there, as clocks of two hosts never meet. `tenant` is
+    an opaque key: who has the same shares a worker's batch with those of the same.
     """
 
     id: str
@@ -94,6 +95,7 @@ class Request:
     prompt_logprobs: int | None = None
     prior_outputs: tuple[PriorOutput, ...] = ()
     estimate: LengthEstimate | None = None  # None: nothing was predicted
+    tenant: str = ""
 
     def prior(self, index: int) -> PriorOutput:
         """What earlier attempts generated for sequence `index`."""

@@ -86,6 +86,7 @@ def request_to_proto(request: Request, now: float) -> worker_pb2.EngineRequest:
         prompt_logprobs=request.prompt_logprobs,
         priority=request.priority,
         level=request.level,
+        tenant=request.tenant,
         age=duration(now - request.arrived_at + request.waited),
         prior_outputs=[
             worker_pb2.PriorOutput(token_ids=p.token_ids, finished=p.finished)
@@ -115,6 +116,7 @@ def request_from_proto(message: worker_pb2.EngineRequest, now: float) -> Request
         ),
         priority=message.priority,
         level=message.level,
+        tenant=message.tenant,
         arrived_at=now,
         waited=seconds(message.age),
         deadline=now + seconds(message.time_left) if message.HasField("time_left") else None,

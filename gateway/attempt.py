@@ -76,7 +76,8 @@ class Attempt:
     async def run(self) -> None:
         """Serve the request."""
         self._session.move(State.RESERVING)
-        self._slot = self._workers.decode.open(self, self._session.job.request.sampling.n)
+        job = self._session.job
+        self._slot = self._workers.decode.open(self, job.request.sampling.n, job.tenant)
         work = asyncio.create_task(self._work(), name=f"attempt {self._session.id}")
         try:
             await asyncio.wait({work, self._failure}, return_when=asyncio.FIRST_COMPLETED)

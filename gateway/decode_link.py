@@ -76,6 +76,7 @@ class DecodeLink:
         self._ahead = ahead
         self._listeners: dict[int, SlotListener] = {}
         self._sequences: dict[int, int] = {}  # by slot
+        self._tenants: dict[int, str] = {}  # by slot
         self._others = 0  # sequences of other gateways, at the last word on the load
         self._reserving: set[int] = set()  # slots the worker has not answered for
         self._numbers = itertools.count(1)
@@ -102,11 +103,24 @@ class DecodeLink:
         """Requests that may be sent now. More would only wait there, where the queue can no longer
         give them to another worker or put a more urgent one before them."""
         unanswered = MAX_RESERVING - len(self._reserving)
-        batch = self.record.batch_sequences
-        if batch is None:
+        places = self._places
+        if places is None:
             return max(0, unanswered)
-        most = batch + max(1, math.ceil(batch * self._ahead))
-        return max(0, min(unanswered, most - self.pressure))
+        return max(0, min(unanswered, places - self.pressure))
+
+    def owes(self, tenant: str, tenants: int) -> bool:
+        """Whether a request of this tenant may be sent now, room or not: of ours, it has less than
+        its share of the places there. `tenants`: how many have live requests here."""
+        if self._places is None or len(self._reserving) >= MAX_RESERVING:
+            return False
+        held = sum(n for slot, n in self._sequences.items() if self._tenants[slot] == tenant)
+        return held < max(1, self._places // tenants)
+
+    @property
+    def _places(self) -> int | None:
+        """How many sequences the worker is sent at most; None if it does not say what fits."""
+        batch = self.record.batch_sequences
+        return None if batch is None else batch + max(1, math.ceil(batch * self._ahead))
 
     def blocks_for(self, tokens: int) -> int:
         """KV blocks that so many tokens fill there."""
@@ -125,11 +139,15 @@ class DecodeLink:
         )
 
     def accepts(self, now: float) -> bool:
+        """It may be given new work, and has room for it."""
+        return self.is_usable(now) and self.openings > 0
+
+    def is_usable(self, now: float) -> bool:
         """It may be given new work."""
         draining = self.record.draining or (self.load is not None and self.load.draining)
         listed = self.missing_since is None and not draining
         rested = not self.rest.is_resting(now)
-        return self.connected and listed and rested and self.openings > 0
+        return self.connected and listed and rested
 
     def update(self, record: WorkerRecord, now: float) -> None:
         """What the registry knows. Its load stands where the worker has told us nothing lately,
@@ -139,13 +157,14 @@ class DecodeLink:
             self._note(record.load)
             self._on_change()
 
-    def open(self, listener: SlotListener, sequences: int = 1) -> int:
+    def open(self, listener: SlotListener, sequences: int = 1, tenant: str = "") -> int:
         """A new slot. Raises WorkerFailed when the stream is down."""
         if not self.connected:
             raise WorkerFailed(f"decode worker {self.record.id} is not connected")
         slot = next(self._numbers)
         self._listeners[slot] = listener
         self._sequences[slot] = sequences
+        self._tenants[slot] = tenant
         self._reserving.add(slot)
         return slot
 
@@ -157,6 +176,7 @@ class DecodeLink:
         """Forget a slot and have the worker free it. Harmless when it is gone already."""
         self._reserving.discard(slot)
         self._sequences.pop(slot, None)
+        self._tenants.pop(slot, None)
         if self._listeners.pop(slot, None) is not None:
             self.send(DecodeRequest(abort=AbortSlots(slots=[slot])))
 
@@ -231,5 +251,6 @@ class DecodeLink:
         listeners, self._listeners = self._listeners, {}
         self._reserving.clear()
         self._sequences.clear()
+        self._tenants.clear()
         for listener in listeners.values():
             listener.on_lost(reason)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 
 from baton.errors import BatonError, QueueError, Unavailable
 from baton.types import Claim
@@ -25,6 +26,8 @@ from queueing.contract import Claimed, GatewayQueue, WorkerRecord
 from scheduling.routing import make_router
 
 log = logging.getLogger(__name__)
+
+Offer = Callable[[WorkerRecord, list[DecodeLink], PrefillPeer | None], Awaitable[None]]
 
 CLAIM_LIMIT = 8  # requests claimed in one call
 TICK_SECONDS = 0.05  # while something waits
@@ -89,11 +92,20 @@ class Dispatcher:
         await asyncio.gather(*attempts, return_exceptions=True)
 
     async def _round(self) -> None:
-        """Offer each worker that has room what waits for it."""
-        if not self._sessions.waiting:
-            return
+        """Offer each worker that has room what waits for it. Then offer all of them, room or not,
+        what waits of tenants that have less than their share there: what others have sent ahead
+        gives way to it on the worker (scheduling/shares.py)."""
         now = time.monotonic()
         links = [link for link in self._fleet.decode.values() if link.accepts(now)]
+        await self._offer_all(links, now, self._offer)
+        if self._sessions.tenants > 1:
+            links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
+            if self._owed(links):
+                await self._offer_all(links, now, self._offer_owed)
+
+    async def _offer_all(self, links: list[DecodeLink], now: float, offer: Offer) -> None:
+        if not self._sessions.waiting:
+            return
         peers = {peer.record.id: peer for peer in self._fleet.prefill.values()}
         helpers = [peer.candidate() for peer in peers.values() if peer.is_usable(now)]
         paired = False
@@ -102,10 +114,10 @@ class Dispatcher:
             matching = [link for link in links if _pair(peer.record, link.record)]
             paired = paired or bool(matching)
             if matching and peer.accepts(now):
-                await self._offer(peer.record, matching, peer)
+                await offer(peer.record, matching, peer)
         if not paired:  # nobody prefills for these: they do it themselves
             for link in self._ranked(links, 1):
-                await self._offer(link.record, [link], None)
+                await offer(link.record, [link], None)
 
     async def _offer(
         self, worker: WorkerRecord, links: list[DecodeLink], peer: PrefillPeer | None
@@ -121,6 +133,26 @@ class Dispatcher:
                 await asyncio.sleep(0)  # the attempt opens its slot, which counts for the next
             if len(claimed) < limit:
                 return
+
+    async def _offer_owed(
+        self, worker: WorkerRecord, links: list[DecodeLink], peer: PrefillPeer | None
+    ) -> None:
+        while owed := self._owed(links):
+            claimed = await self._queue.claim(worker, 1, owed)
+            if not claimed:
+                return
+            session = self._sessions.get(claimed[0].request_id)
+            tenant = owed[0] if session is None else session.job.tenant
+            owing = [link for link in links if link.owes(tenant, self._sessions.tenants)]
+            link = self._link_for(claimed[0], owing or links)
+            await self._begin(claimed[0], worker, Workers(decode=link, prefill=peer))
+            await asyncio.sleep(0)
+
+    def _owed(self, links: list[DecodeLink]) -> list[str]:
+        """Tenants whose requests wait and that have less than their share of one of these."""
+        tenants = max(1, self._sessions.tenants)
+        waiting = self._sessions.waiting_tenants
+        return [t for t in waiting if any(link.owes(t, tenants) for link in links)]
 
     def _ranked(self, links: list[DecodeLink], blocks: int) -> list[DecodeLink]:
         """Best first."""

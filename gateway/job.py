@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,11 @@ class ResponseFormat:
     timing: bool = False
     skip_special_tokens: bool = True
     stream_interval: int = 1  # tokens per delta after the first
+
+
+def tenant_key(tenant: str) -> str:
+    """What workers know a tenant by, the same from all gateways."""
+    return hashlib.blake2b(tenant.encode(), digest_size=8, person=b"baton tenant").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

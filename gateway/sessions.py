@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -54,6 +55,8 @@ class Sessions:
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting: set[str] = set()  # requests that no worker has
+        self._waiting_of: dict[str, set[str]] = {}  # the same, by tenant
+        self._tenants: Counter[str] = Counter()  # live requests
         self._timers: dict[str, list[asyncio.TimerHandle]] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}  # the queue is being told
 
@@ -72,6 +75,16 @@ class Sessions:
         """Requests that no worker has."""
         return len(self._waiting)
 
+    @property
+    def waiting_tenants(self) -> list[str]:
+        """Those with requests that no worker has."""
+        return list(self._waiting_of)
+
+    @property
+    def tenants(self) -> int:
+        """How many tenants have live requests."""
+        return len(self._tenants)
+
     async def open(self, job: Job) -> Session:
         """Queue a request. Raises AlreadyExists, Overloaded, or Unavailable while draining or
         without Redis."""
@@ -86,6 +99,7 @@ class Sessions:
             job, self._model, self._tokenizer, clock=time.monotonic, on_done=self._end
         )
         self._live[request.id] = session
+        self._tenants[job.tenant] += 1
         self._timers[request.id] = []
         self._idle.clear()
         try:
@@ -122,7 +136,7 @@ class Sessions:
             return
         if session.state is not State.QUEUED:
             session.move(State.QUEUED)
-        self._waiting.discard(session.id)
+        self._waits_no_more(session)
         session.claim, session.level, session.worker_id = claimed.claim, claimed.level, worker_id
 
     def requeued(self, session: Session, *, waits_anew: bool) -> None:
@@ -190,12 +204,20 @@ class Sessions:
         if restart:
             session.waiting_since = now
         self._waiting.add(session.id)
+        self._waiting_of.setdefault(session.job.tenant, set()).add(session.id)
         left = session.waiting_since + session.job.queue_timeout - now
         if restart:
             self._call_later(session, left, self._queue_timed_out, session, session.waiting_since)
         elif left <= 0:
             self._queue_timed_out(session, session.waiting_since)
         self._on_waiting()
+
+    def _waits_no_more(self, session: Session) -> None:
+        self._waiting.discard(session.id)
+        if waiting := self._waiting_of.get(session.job.tenant):
+            waiting.discard(session.id)
+            if not waiting:
+                del self._waiting_of[session.job.tenant]
 
     def _queue_timed_out(self, session: Session, since: float) -> None:
         bounced = session.state is State.RESERVING  # it may be refused again
@@ -212,13 +234,16 @@ class Sessions:
     # The end.
 
     def _end(self, session: Session) -> None:
-        self._waiting.discard(session.id)
+        self._waits_no_more(session)
         self._forget(session.id)
         self._on_done(session)
         self._tell_end(session.id, _outcome(session), session.generated)
 
     def _forget(self, request_id: str) -> None:
-        del self._live[request_id]
+        tenant = self._live.pop(request_id).job.tenant
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
         self._submissions.pop(request_id, None)
         for timer in self._timers.pop(request_id):
             timer.cancel()

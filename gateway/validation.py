@@ -17,7 +17,7 @@ from baton.errors import InvalidRequest, NotFound, Unsupported
 from baton.types import Request, Sampling, Stopping
 from baton.v1.generation_pb2 import GenerateRequest, ResponseOptions, SamplingParams
 from gateway.fields import Fields
-from gateway.job import Job, ResponseFormat
+from gateway.job import Job, ResponseFormat, tenant_key
 from gateway.model_files import ModelFacts
 from gateway.prompt import PromptEncoder
 
@@ -64,12 +64,14 @@ class Validator:
         response = _response(fields, message.response)
         prompt = await self._prompt(fields, message)
         stopping = self._stopping(fields, message, len(prompt))
+        tenant = message.user or "default"
         request = Request(
             id=request_id,
             prompt_ids=prompt,
             sampling=sampling,
             stopping=stopping,
             priority=message.priority,
+            tenant=tenant_key(tenant),
             arrived_at=now,
             logprobs=self._logprobs(fields, message.response, "response.logprobs"),
             prompt_logprobs=self._logprobs(fields, message.response, "response.prompt_logprobs"),
@@ -79,7 +81,7 @@ class Validator:
         fields.duration(message, "resume_window", MAX_RESUME_SECONDS, zero_allowed=True)
         job = Job(
             request=request,
-            tenant=message.user or "default",
+            tenant=tenant,
             queue_timeout=min(queue_timeout or math.inf, self._config.queue_timeout),
             time_limit=fields.duration(message.stopping, "stopping.time_limit", longest),
             stop_strings=self._stop_strings(fields, list(message.stopping.stop)),

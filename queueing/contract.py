@@ -182,12 +182,16 @@ class GatewayQueue(Protocol):
         """
         ...
 
-    async def claim(self, worker: WorkerRecord, limit: int) -> list[Claimed]:
+    async def claim(
+        self, worker: WorkerRecord, limit: int, tenants: Sequence[str] = ()
+    ) -> list[Claimed]:
         """Take up to `limit` of this gateway's own requests for `worker`, within the worker's free
         token capacity: highest priority first, tenants in turn, and of a tenant's by level and
         age plus handicap. The order is global: requests of
         other gateways that stand ahead are left to them, and the capacity they will need is
-        left too. Empty when the worker drains or is gone (then the caller refreshes)."""
+        left too. Empty when the worker drains or is gone (then the caller refreshes).
+        With `tenants`, as if nobody else's requests waited: for places that are open to them
+        only."""
         ...
 
     async def handoff(self, request_id: str, claim: Claim, to: WorkerRecord) -> Claim | None:

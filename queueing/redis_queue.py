@@ -109,10 +109,13 @@ class RedisGatewayQueue:
         )
         return reply
 
-    async def claim(self, worker: WorkerRecord, limit: int) -> list[Claimed]:
+    async def claim(
+        self, worker: WorkerRecord, limit: int, tenants: Sequence[str] = ()
+    ) -> list[Claimed]:
         """See GatewayQueue."""
+        target = (worker.id, worker.epoch)
         reply = await self._scripts.run(
-            "claim", self._gateway, _nonce(), worker.id, worker.epoch, limit, LOOK_AHEAD
+            "claim", self._gateway, _nonce(), *target, limit, LOOK_AHEAD, *tenants
         )
         return [
             Claimed(id, Claim(int(fence), int(attempt)), int(level), int(generated))

@@ -16,7 +16,6 @@ from itertools import islice
 
 from scheduling.cost import CostTracker
 from scheduling.filling import Door
-from scheduling.order import Policy
 from scheduling.plan import Capacity
 from scheduling.residency import Residency
 from scheduling.rules import Rules
@@ -32,14 +31,12 @@ class Chooser:
         self,
         capacity: Capacity,
         rules: Rules,
-        policy: Policy,
         cost: CostTracker,
         residency: Residency,
         door: Door,
     ) -> None:
         self._capacity = capacity
         self._rules = rules
-        self._policy = policy
         self._cost = cost
         self._kv = residency
         self._door = door
@@ -53,6 +50,7 @@ class Chooser:
         self._residents: list[Sequence] | None = None  # running ones, worst last; made on demand
         self.head: Sequence | None = None  # the first one for which there is no room
         self.gave_way = False  # somebody has, since the last choice
+        self.chosen: list[Sequence] = []  # the last choice, best first
 
     @property
     def proactive(self) -> bool:
@@ -95,7 +93,7 @@ class Chooser:
                 chosen.append(sequence)
                 if not generating and left is not None:
                     left -= tokens - sequence.computed
-        self._residents = None
+        self._residents, self.chosen = None, chosen
         return chosen
 
     def growing(self, chosen: list[Sequence], most: int) -> list[Sequence]:
@@ -232,7 +230,8 @@ class Chooser:
         and nothing done, if all of them together would not do."""
         if not self._reactive:
             return False
-        victims = self.victims_for(head, self._kv.blocks.free, self.ranked)
+        worse = self.ranked[self.ranked.index(head) + 1 :]
+        victims = self.victims_for(head, self._kv.blocks.free, worse)
         for victim in victims:
             self._swap_out_first(victim)
         return bool(victims)
@@ -251,9 +250,9 @@ class Chooser:
 
     def victims_for(self, head: Sequence, free: int, candidates: list[Sequence]) -> list[Sequence]:
         """Running sequences whose blocks and `free` others are room for `head`, from the end of
-        `candidates`; none if there are not enough. Only such as are ranked worse, have run since
-        they came back, and have room in the host pool."""
-        kv, rank = self._kv, self._policy.rank(head)
+        `candidates`, which all come after it; none if there are not enough. Only such as have run
+        since they came back, and have room in the host pool."""
+        kv = self._kv
         host = kv.swaps.host.free
         shortage = kv.shortage(head, free, self._ahead)
         victims: list[Sequence] = []
@@ -263,7 +262,7 @@ class Chooser:
             if sequence.phase is not _RUNNING or sequence in kv.fresh:
                 continue
             needed = self._capacity.blocks_for(sequence.computed)
-            if 0 < needed <= host and self._policy.rank(sequence) > rank:
+            if 0 < needed <= host:
                 host -= needed
                 shortage -= kv.gain(sequence)
                 victims.append(sequence)

@@ -34,7 +34,7 @@ from scheduling.choosing import Chooser
 from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import DecodeEvent, RequestFailed
 from scheduling.filling import Door
-from scheduling.group import Group
+from scheduling.group import Group, Groups
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.proactive import ProactiveSwaps
@@ -42,6 +42,7 @@ from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
+from scheduling.shares import in_turn
 
 _KEPT_RANK = attrgetter("rank")
 _RUNNING = Phase.RUNNING
@@ -65,11 +66,11 @@ class DecodeScheduler:
         self._rules = rules or Rules()
         self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
-        self._groups: dict[str, Group] = {}  # live requests
+        self._groups = Groups()
         self._kv = Residency(capacity, self._rules, lambda s: self._groups[s.request.id].sequences)
         self._batching = batching(self._rules.batching)
         self._door = Door(self._rules, capacity.max_sequences)
-        self._chooser = Chooser(capacity, self._rules, policy, self.cost, self._kv, self._door)
+        self._chooser = Chooser(capacity, self._rules, self.cost, self._kv, self._door)
         self._proactive = ProactiveSwaps(capacity, self._rules, policy, self._kv, self._chooser)
         self._plan: StepPlan | None = None  # the pass that runs now
         self._in_pass: frozenset[Sequence] = frozenset()
@@ -91,7 +92,7 @@ class DecodeScheduler:
         for sequence in group.sequences:
             self._policy.join(sequence, sequence.uncomputed, now)
         if group.sequences:
-            self._groups[request.id] = group
+            self._groups.enter(group)
         self._kv.wait(group.sequences)
         return list(group.sequences)
 
@@ -111,7 +112,7 @@ class DecodeScheduler:
             raise Overloaded("no room for its KV on this worker", subject="KV blocks")
         for sequence in group.sequences:
             self._policy.join(sequence, 1, now)
-        self._groups[request.id] = group
+        self._groups.enter(group)
         self._kv.wait(siblings)
         return first
 
@@ -145,7 +146,7 @@ class DecodeScheduler:
         Its blocks are free at once, except those that a pass is using (free when it ends) and
         those of an INCOMING sequence (free when the caller says `quiet`).
         """
-        group = self._groups.pop(request_id, None)
+        group = self._groups.take(request_id)
         if group is None:
             return False
         for sequence in group.sequences:
@@ -161,7 +162,7 @@ class DecodeScheduler:
         sequence = next((s for s in sequences if s.index == index), None)
         if sequence is None or sequence.phase is Phase.INCOMING:
             return False
-        self._ungroup(sequence)
+        self._groups.remove(sequence)
         self._let_go(sequence)
         return True
 
@@ -175,9 +176,10 @@ class DecodeScheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan.
 
-        Slots of the batch go by rank, so a better-ranked sequence can displace a running one,
-        which keeps its blocks unless somebody needs them. The token budget goes to generation
-        first, then by rank.
+        Slots of the batch go to tenants by their shares (scheduling/shares.py), and by rank to
+        each one's sequences, so a better-ranked sequence can displace a running one, which keeps
+        its blocks unless somebody needs them. The token budget goes to generation first, then in
+        the same order.
         """
         if self._plan is not None:
             raise RuntimeError("the last plan was not applied")
@@ -212,7 +214,11 @@ class DecodeScheduler:
             if sequence.rank is None:
                 rank(sequence)
         ranked.sort(key=_KEPT_RANK)
-        return ranked
+        if not self._groups.tenants.several:
+            return ranked
+        slots = min(self._capacity.max_sequences, self._capacity.max_tokens)
+        keep = () if self._policy.preempts else self._chooser.chosen
+        return in_turn(ranked, slots, {s for s in keep if s.phase is _RUNNING})
 
     def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
         """The chunks of the chosen sequences. Only those that will sample a token in this pass may
@@ -388,11 +394,5 @@ class DecodeScheduler:
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         sequence.finish = finish
-        self._ungroup(sequence)
+        self._groups.remove(sequence)
         self._kv.drop(sequence)
-
-    def _ungroup(self, sequence: Sequence) -> None:
-        group = self._groups[sequence.request.id]
-        group.sequences.remove(sequence)
-        if not group.sequences:
-            del self._groups[sequence.request.id]

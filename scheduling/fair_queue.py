@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -179,6 +179,18 @@ class FairQueue:
             lane.surplus = lane.tag - found.virtual
             lane.tag = max(lane.tag, found.virtual)
         self._list(ticket, found, lane, ticket.queued_at)
+
+    def first_of(self, tenants: Collection[str], now: int) -> Ticket | None:
+        """The one that would be claimed next if nobody but these tenants waited."""
+        for found in self._ranked:
+            lanes = (found.lanes[name] for name in tenants if name in found.lanes)
+            turns = [lane.turn for lane in lanes if lane.turn is not None]
+            for turn in sorted(turns):
+                lane = found.lanes[turn[3]]
+                in_time = [t for t in lane.waiting.values() if not t.overdue(now)]
+                if in_time:
+                    return min(in_time, key=_place)
+        return None
 
     def first(self, now: int) -> Ticket | None:
         """The one that is claimed next; None if nobody waits whose deadline has not passed."""

@@ -1,4 +1,4 @@
-"""The sequences of one request in a decode worker."""
+"""The live requests of a decode worker, each with its sequences."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from scheduling.events import LocalPrefill, PromptLogprobs
 from scheduling.plan import Chunk
 from scheduling.prompt import PromptRecord
 from scheduling.sequence import Sequence
+from scheduling.shares import Tenants
 
 
 @dataclass(slots=True)
@@ -47,3 +48,30 @@ class Group:
         if self.request.prompt_logprobs is not None:
             events.append(PromptLogprobs(self.request.id, tuple(record.logprobs)))
         return events
+
+
+class Groups(dict[str, Group]):
+    """The groups of all live requests, by request id, and whose they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tenants = Tenants()
+
+    def enter(self, group: Group) -> None:
+        """A request is here."""
+        self[group.request.id] = group
+        self.tenants.came(group.request.tenant)
+
+    def take(self, request_id: str) -> Group | None:
+        """Forget a request; None if it is not here."""
+        group = self.pop(request_id, None)
+        if group is not None:
+            self.tenants.went(group.request.tenant)
+        return group
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended, and its request with the last one."""
+        group = self[sequence.request.id]
+        group.sequences.remove(sequence)
+        if not group.sequences:
+            self.take(sequence.request.id)

@@ -20,7 +20,11 @@ NAMES = ("fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt", "srpt-oracle")
 
 
 class Policy(Protocol):
-    """An order over sequences. It alone sets what a Sequence keeps for its policy."""
+    """An order over sequences. It alone sets what a Sequence keeps for its policy. With several
+    tenants it is the order of each one's, see scheduling/shares.py."""
+
+    preempts: bool
+    """Whether a newcomer may take the place of one that runs, in its priority class."""
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """It has arrived, with `tokens` to compute here before its next one is sampled."""
@@ -61,6 +65,8 @@ class Policy(Protocol):
 
 class Fcfs:
     """First come, first served, within a priority class."""
+
+    preempts = False
 
     def join(self, sequence: Sequence, tokens: int, now: float) -> None:
         """Its arrival alone says where it stands."""

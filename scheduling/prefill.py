@@ -28,9 +28,10 @@ from scheduling.events import (
     RequestFailed,
 )
 from scheduling.order import Policy
-from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
+from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.prompt import PromptRecord
 from scheduling.sequence import Phase, Sequence
+from scheduling.shares import Tenants, in_turn, token_shares
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +62,7 @@ class PrefillScheduler:
         self._blocks = BlockAllocator(capacity.blocks)
         self._handed_over: set[int] = set()  # blocks
         self._jobs: dict[str, _Job] = {}  # live ones, by request id
+        self._tenants = Tenants()  # theirs
         self._plan: StepPlan | None = None  # the pass that runs now
         self._in_pass: tuple[_Job, ...] = ()  # the job of each of its chunks
         self._doomed: list[_Job] = []  # aborted during the pass that they are in
@@ -83,6 +85,7 @@ class PrefillScheduler:
         sequence = Sequence.start(request, 0, now)
         self._policy.join(sequence, sequence.uncomputed, now)
         self._jobs[request.id] = _Job(sequence, PromptRecord(request, now))
+        self._tenants.came(request.tenant)
         return sequence
 
     def abort(self, request_id: str, now: float) -> bool:
@@ -93,6 +96,7 @@ class PrefillScheduler:
         job = self._jobs.pop(request_id, None)
         if job is None:
             return False
+        self._tenants.went(job.sequence.request.tenant)
         if job in self._in_pass:
             self._doomed.append(job)
         else:
@@ -108,13 +112,20 @@ class PrefillScheduler:
     # -- The step --------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan."""
+        """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan.
+
+        Tenants share its tokens (scheduling/shares.py); each one's go by rank. So a prompt takes
+        at most as many times as long as there are tenants, whatever the others send.
+        """
         if self._plan is not None:
             raise RuntimeError("the last plan was not applied")
         ranked = [job.sequence for job in self._jobs.values()]
         self._policy.promote(ranked, now)
         ranked.sort(key=self._policy.rank)
-        chunks = splitfuse((), self._choose(ranked), self._capacity.max_tokens)
+        if self._tenants.several:
+            chunks = self._divide(in_turn(ranked, self._capacity.max_sequences))
+        else:
+            chunks = splitfuse((), self._choose(ranked), self._capacity.max_tokens)
         if not chunks:
             return None
         self._in_pass = tuple(self._jobs[chunk.sequence.request.id] for chunk in chunks)
@@ -202,6 +213,32 @@ class PrefillScheduler:
             chosen.append(sequence)
         return chosen
 
+    def _divide(self, ranked: Items[Sequence]) -> tuple[Chunk, ...]:
+        """The same for several tenants: each gets up to its share of the tokens, in the given
+        order, and then whoever comes first what is left because there was no room for others."""
+        left, head_blocked = self._capacity.max_tokens, False
+        shares = token_shares(ranked, left)
+        granted: dict[Sequence, int] = {}
+        for shared in (True, False):
+            for sequence in ranked:
+                tenant = (sequence.request.priority, sequence.request.tenant)
+                had = granted.get(sequence, 0)
+                tokens = min(left, sequence.uncomputed - had)
+                if shared:
+                    tokens = min(tokens, shares[tenant])
+                if tokens <= 0 or (not had and len(granted) == self._capacity.max_sequences):
+                    continue
+                if sequence.phase is Phase.WAITING:
+                    head_blocked = head_blocked or not self._admit(sequence)
+                    if head_blocked:
+                        continue
+                granted[sequence] = had + tokens
+                shares[tenant] -= tokens
+                left -= tokens
+        return tuple(
+            Chunk(s, s.computed, tokens, tokens == s.uncomputed) for s, tokens in granted.items()
+        )
+
     def _admit(self, sequence: Sequence) -> bool:
         needed = self._capacity.blocks_for(len(sequence.tokens))
         if needed > self._blocks.free:
@@ -213,6 +250,7 @@ class PrefillScheduler:
     def _complete(self, job: _Job, sampled: Sampled, now: float) -> Prefilled:
         sequence = job.sequence
         del self._jobs[sequence.request.id]
+        self._tenants.went(sequence.request.tenant)
         sequence.finish = sequence.append(sampled.token_id)
         sequence.move(Phase.FINISHED)
         logprobs = () if sampled.logprob is None else (sampled.logprob,)

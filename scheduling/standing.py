@@ -19,7 +19,9 @@ service, one that can be given memory is in a batch of B at the latest
     patience + SCAN_PAUSE + (N / B + 1) * (quantum + one pass)
 
 seconds (of the largest patience meanwhile) after it was there last: only those that have waited
-longer go before it, and each of them gives way when it has had its quantum.
+longer go before it, and each of them gives way when it has had its quantum. Where A tenants share
+the worker and A <= B, N counts the sequences of its own tenant only, and B is B // A, or more: each
+tenant's starved and urgent come before the others of that tenant (scheduling/shares.py).
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class PreemptivePolicy:
 
     Ranks are kept in the sequences and worked out again only where something has changed.
     """
+
+    preempts = True
 
     def __init__(
         self,

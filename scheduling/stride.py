@@ -6,6 +6,7 @@ Everything here may be too small, never too large: one pass is always a right an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,10 +29,11 @@ def passes_alike(
     policy: Policy,
     residency: Residency,
     chooser: Chooser,
+    several: bool,
 ) -> int:
     """How many passes, up to `most`, the one of `plan` included, would have the same sequences in
     them if nothing came from outside, nobody stopped early and each took `seconds` from `now`
-    on."""
+    on. `several`: tenants share the batch."""
     longest = min(most, _tokens_left(plan))
     if longest <= 1:
         return 1
@@ -46,15 +48,19 @@ def passes_alike(
         elif len(residency.running) > len(sequences):
             return 1  # swaps may begin as soon as somebody can be spared for long
     if chooser.head is not None:
-        if chooser.swaps:
-            return 1  # room may be made for it
+        if chooser.swaps or several:
+            return 1  # room may be made for it, or another tenant's may be the head
         if rules.admission == "reserve-predicted":
             longest = min(longest, _passes_without_room(chooser.head, len(sequences), residency))
     if longest > 1:
         longest = _passes_with_room(sequences, longest, spare, capacity, residency)
     if longest > 1:
         here = set(sequences)
-        others = (s for s in chooser.ranked if s not in here)
+        others: Iterable[Sequence] = (s for s in chooser.ranked if s not in here)
+        if several:
+            # Shares count how many go before one of its own tenant: as long as nobody of a pass
+            # falls behind anybody else, whoever's, they stay the same.
+            others = sorted(others, key=policy.rank)
         longest = _passes_in(policy.steady(sequences, others, now, seconds), seconds, longest)
     return longest
 

@@ -42,6 +42,7 @@ class StridingScheduler(DecodeScheduler):
             policy=self._policy,
             residency=self._kv,
             chooser=self._chooser,
+            several=self._groups.tenants.several,
         )
 
     def stride_before(
@@ -51,6 +52,8 @@ class StridingScheduler(DecodeScheduler):
         of `seconds`, remain if this sequence joins those that wait: 1 if it may be let in."""
         if len(plan.chunks) < self._capacity.max_sequences or self._chooser.swaps:
             return 1
+        if self._groups.tenants.several:
+            return 1  # it may change the shares of all
         rank = self._policy.rank
         place = rank(newcomer)
         if any(rank(sequence) > place for sequence in self._in_pass):

@@ -1,5 +1,5 @@
 -- Give waiting requests of one gateway to a worker, in the order of the whole pool.
--- ARGV: now gateway nonce worker epoch limit look_ahead
+-- ARGV: now gateway nonce worker epoch limit look_ahead [tenant ...]
 -- Returns {id, fence, level, generated, attempt, ...}; empty also when the worker is gone or drains.
 --
 -- Only a request's own gateway has its prompt, so only that one can claim it. To keep the order
@@ -7,6 +7,7 @@
 -- will need; it ends at the first request that does not fit, whoever owns it. So nothing
 -- overtakes, and a long prompt gets its turn when the worker runs empty: then the first one always
 -- fits (it will be cut into chunks). What the walk passes counts for its lane in thought only.
+-- With tenants, only their lanes are walked.
 drain_first()
 local t, gateway, nonce, worker, epoch = clock(), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local limit, look_ahead = tonumber(ARGV[6]), tonumber(ARGV[7])
@@ -19,6 +20,9 @@ if w[1] ~= epoch or w[2] == '1' then return {} end
 local state = w[3] == 'decode' and 'D' or 'P' -- a decode worker prefills by itself
 local free, idle = w[4] - w[5], w[5] == '0'
 local lease = setting('lease_ttl', 10) * 1000000
+
+local open_to = #ARGV >= 8 and {} or nil
+for i = 8, #ARGV do open_to[ARGV[i]] = true end
 
 local alive = {}
 local function is_alive(owner)
@@ -90,7 +94,7 @@ local function walk(priority)
     if not best then return false end
     local lane = table.remove(index == 0 and standing or moved, math.max(index, 1))
     if index == 0 then lane = open_lane(priority, lane.turn) end
-    if refill(lane) then
+    if (not open_to or open_to[lane.tenant]) and refill(lane) then
       if visit(lane) then return true end
       if refill(lane) then
         lane.turn = string.sub(lane.items[lane.at], 1, PLACE) .. lane.tenant

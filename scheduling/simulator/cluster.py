@@ -28,7 +28,8 @@ class ClusterSpec:
     """What the cluster is made of. Without prefill workers the decode workers prefill.
 
     Late binding: a prefill worker holds at most `ahead_passes` passes' worth of prompts, a decode
-    worker at most `ahead_sequences` more than fit its batch; the rest waits in the queue.
+    worker at most `ahead_sequences` more than fit its batch; the rest waits in the queue. Only of
+    a tenant that has less than its share of these places there, a decode worker takes more.
     """
 
     decode: WorkerSpec
@@ -88,6 +89,8 @@ class _Cluster:
         self._to_decode = Ranking(
             make_router(spec.routing), self._decode, lambda worker: worker.jobs < most
         )
+        self._places = most
+        self._to_share = Ranking(make_router(spec.routing), self._decode, lambda worker: True)
         self._ahead = spec.ahead_passes * spec.prefill.capacity.max_tokens if spec.prefill else 0
         self._to_prefill = Ranking(
             make_router(spec.routing),
@@ -144,6 +147,7 @@ class _Cluster:
     def _note_change(self, worker: _Worker) -> None:
         if isinstance(worker, SimulatedWorker):
             self._to_decode.touch(worker)
+            self._to_share.touch(worker)
         else:
             self._to_prefill.touch(worker)
 
@@ -187,10 +191,37 @@ class _Cluster:
             if not self._fits_ever(head):
                 self._queue.end(head)
                 self._reject(head, now)
-            elif self._place(head, now):
+            elif self._place(head, now, self._decode_for(head)):
                 self._queue.claim(head)
             else:
+                break
+        while (owed := self._first_owed(now)) is not None:
+            if not self._place(owed, now, self._owing(owed)):
                 return
+            self._queue.claim(owed)
+
+    def _first_owed(self, now: float) -> Job | None:
+        """The first one that waits, whose tenant has less than its share of the places of some
+        decode worker, if there are several tenants."""
+        if self._queue.tenants < 2:
+            return None
+        workers, share = self._decode.values(), self._share()
+        owed = [
+            tenant
+            for tenant in self._queue.waiting_tenants
+            if any(worker.jobs_of(tenant) < share for worker in workers)
+        ]
+        return self._queue.first_of(owed, now) if owed else None
+
+    def _share(self) -> int:
+        """Places of a decode worker for each tenant."""
+        return max(1, self._places // self._queue.tenants)
+
+    def _owing(self, job: Job) -> Iterator[SimulatedWorker]:
+        """Decode workers on which its tenant has less than its share, best first."""
+        share = self._share()
+        ranked = self._to_share.best_first(self._blocks_for(job))
+        return (worker for worker in ranked if worker.jobs_of(job.tenant) < share)
 
     def _reject(self, job: Job, now: float) -> None:
         self._rejected += 1
@@ -200,13 +231,14 @@ class _Cluster:
         total = job.prompt_tokens + job.max_tokens
         return total <= self._spec.decode.capacity.longest_sequence
 
-    def _place(self, job: Job, now: float) -> bool:
+    def _place(self, job: Job, now: float, workers: Iterator[SimulatedWorker]) -> bool:
+        """Give it to the first of these decode workers that takes it, if any does."""
         if not self._prefill:
-            return self._place_whole(job, now)
+            return self._place_whole(job, now, workers)
         helper = self._prefill_for(job)
         if helper is None:
             return False
-        for worker in self._decode_for(job):
+        for worker in workers:
             self._wake(worker)
             if worker.reserve(job, now):
                 if not helper.submit(job, now):
@@ -217,8 +249,8 @@ class _Cluster:
                 return True
         return False
 
-    def _place_whole(self, job: Job, now: float) -> bool:
-        for worker in self._decode_for(job):
+    def _place_whole(self, job: Job, now: float, workers: Iterator[SimulatedWorker]) -> bool:
+        for worker in workers:
             self._wake(worker)
             if worker.submit(job, now):
                 self._placed[job.id] = worker
@@ -227,8 +259,11 @@ class _Cluster:
 
     def _decode_for(self, job: Job) -> Iterator[SimulatedWorker]:
         """Decode workers that may take one more, best first."""
+        return self._to_decode.best_first(self._blocks_for(job))
+
+    def _blocks_for(self, job: Job) -> int:
         expected = job.prompt_tokens + (job.estimate.tokens if job.estimate else 0)
-        return self._to_decode.best_first(self._spec.decode.capacity.blocks_for(expected))
+        return self._spec.decode.capacity.blocks_for(expected)
 
     def _prefill_for(self, job: Job) -> SimulatedPrefillWorker | None:
         """The best prefill worker that has room for the prompt ahead of its passes; an idle one

@@ -7,6 +7,8 @@ caps on what may wait.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from scheduling.cost import LinearCost
@@ -75,6 +77,8 @@ class WaitingQueue:
         self._expected = order.expected()
         self._live: dict[str, tuple[Job, Ticket]] = {}
         self._arrivals = 0.0  # of all live ones together
+        self._waiting: Counter[str] = Counter()  # jobs, by tenant
+        self._tenants: Counter[str] = Counter()  # live ones
         self._deadlines: list[tuple[float, str]] = []
         self.sweep_at = 0.0  # when a timer runs out next
         self._head: Job | None = None  # as it was looked up last
@@ -104,6 +108,8 @@ class WaitingQueue:
             max_tokens=job.max_tokens,
         )
         self._live[job.id] = job, ticket
+        self._tenants[ticket.tenant] += 1
+        self._waiting[ticket.tenant] += 1
         self._arrivals += job.arrived_at
         self._head_is_known = False
         self._watch(job)
@@ -122,10 +128,27 @@ class WaitingQueue:
         self._head_is_known = not self._deadlines  # else it may be too late for it, next time
         return self._head
 
+    @property
+    def tenants(self) -> int:
+        """How many have live jobs."""
+        return len(self._tenants)
+
+    @property
+    def waiting_tenants(self) -> Collection[str]:
+        """Those with jobs that wait."""
+        return self._waiting.keys()
+
+    def first_of(self, tenants: Collection[str], now: float) -> Job | None:
+        """The one that is claimed next for a place that is open to these tenants only."""
+        ticket = self._queue.first_of(tenants, round(now * SECOND))
+        return None if ticket is None else self._live[ticket.id][0]
+
     def claim(self, job: Job) -> None:
         """A worker gets it."""
         self._head_is_known = False
-        self._queue.claim(self._live[job.id][1])
+        ticket = self._live[job.id][1]
+        _less(self._waiting, ticket.tenant)
+        self._queue.claim(ticket)
 
     def handed_over(self, job: Job) -> None:
         """It has gone from its prefill worker to its decode worker."""
@@ -140,12 +163,17 @@ class WaitingQueue:
     def give_back(self, job: Job, now: float) -> None:
         """A claimed one comes back, to its level and its place."""
         self._head_is_known = False
-        self._queue.give_back(self._live[job.id][1], round(now * SECOND))
+        ticket = self._live[job.id][1]
+        self._waiting[ticket.tenant] += 1
+        self._queue.give_back(ticket, round(now * SECOND))
         self._watch(job)
 
     def end(self, job: Job, generated: int = 0) -> None:
         """It has ended, wherever it was; complete, if it `generated` anything."""
         _, ticket = self._live.pop(job.id)
+        _less(self._tenants, ticket.tenant)
+        if ticket.waiting:
+            _less(self._waiting, ticket.tenant)
         self._arrivals = self._arrivals - job.arrived_at if self._live else 0.0
         if generated:
             self._expected.ended(generated)
@@ -176,3 +204,10 @@ class WaitingQueue:
     def _watch(self, job: Job) -> None:
         if job.deadline is not None:
             heapq.heappush(self._deadlines, (job.deadline, job.id))
+
+
+def _less(counts: Counter[str], tenant: str) -> None:
+    """One less; tenants without any are not listed."""
+    counts[tenant] -= 1
+    if not counts[tenant]:
+        del counts[tenant]

@@ -68,6 +68,7 @@ class RequestRecord:
     deadline: float | None = None
     prior: tuple[tuple[int, bool], ...] = ()
     estimate: tuple[int, int] | None = None
+    tenant: str = ""
 
     @classmethod
     def of(cls, request: Request) -> RequestRecord:
@@ -85,6 +86,7 @@ class RequestRecord:
             deadline=request.deadline,
             prior=tuple((len(p.token_ids), p.finished) for p in request.prior_outputs),
             estimate=None if estimate is None else (estimate.tokens, estimate.allotment),
+            tenant=request.tenant,
         )
 
     def request(self) -> Request:
@@ -101,6 +103,7 @@ class RequestRecord:
             deadline=self.deadline,
             prior_outputs=tuple(PriorOutput((GOES_ON,) * n, ended) for n, ended in self.prior),
             estimate=None if self.estimate is None else LengthEstimate(*self.estimate),
+            tenant=self.tenant,
         )
 
 

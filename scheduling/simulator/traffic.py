@@ -54,6 +54,7 @@ class Job:
             arrived_at=self.arrived_at,
             deadline=self.deadline,
             estimate=self.estimate,
+            tenant=self.tenant,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import astuple, dataclass, field
@@ -92,6 +93,7 @@ class SimulatedWorker:
         self._strides = strides
         self._keep_token_times = keep_token_times
         self._live: dict[str, _Live] = {}
+        self._tenants: Counter[str] = Counter()  # of the jobs that are here
         self._candidate: Candidate | None = None
         self._pass: _Pass | None = None
         self._kv_tokens = 0
@@ -137,6 +139,7 @@ class SimulatedWorker:
         self._candidate = None
         self._catch_up(now)
         live = self._live.pop(job.id)
+        self._tenants[job.tenant] -= 1
         self.executor.forget(live.sequence)
         self.expected_tokens -= _expected(job)
         self.scheduler.abort(job.id, now)
@@ -146,6 +149,7 @@ class SimulatedWorker:
         self._candidate = None
         times: list[float] | None = [] if self._keep_token_times else None
         self._live[job.id] = _Live(job, sequence, token_times=times)
+        self._tenants[job.tenant] += 1
         self.executor.expect(sequence, job.output_tokens)
         self.expected_tokens += _expected(job)
 
@@ -159,6 +163,10 @@ class SimulatedWorker:
     def jobs(self) -> int:
         """Jobs that have not ended."""
         return len(self._live)
+
+    def jobs_of(self, tenant: str) -> int:
+        """Those of one tenant."""
+        return self._tenants[tenant]
 
     # -- Passes ----------------------------------------------------------------------------
 
@@ -293,6 +301,7 @@ class SimulatedWorker:
     def _finish(self, live: _Live, now: float) -> Served:
         job = live.job
         del self._live[job.id]
+        self._tenants[job.tenant] -= 1
         self.executor.forget(live.sequence)
         self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1
         self.expected_tokens -= _expected(job)

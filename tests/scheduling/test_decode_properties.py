@@ -131,6 +131,7 @@ class DecodeMachine(RuleBasedStateMachine):
             sampling=Sampling(n=data.draw(st.sampled_from([1, 1, 2, 3])), seed=self.count),
             stopping=Stopping(most),
             priority=data.draw(st.sampled_from([0, 0, 1])),
+            tenant=data.draw(st.sampled_from(["", "", "a", "b"])),
             estimate=data.draw(
                 st.none() | st.integers(1, 40).map(lambda n: LengthEstimate(n, n + n // 4)),
                 label="estimate",

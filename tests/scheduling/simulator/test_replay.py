@@ -80,6 +80,7 @@ def _requests(count: int, *, vocabulary: int, longest: int, seed: int = 0) -> li
             Sampling(n=1 + (number % 7 == 0)),
             Stopping(rng.randrange(2, longest), eos_token_ids=frozenset({3})),
             priority=number % 3 == 0,
+            tenant="ab"[number % 5 == 0],
             estimate=LengthEstimate(rng.randrange(1, longest), longest) if number % 2 else None,
         )
         for number in range(count)

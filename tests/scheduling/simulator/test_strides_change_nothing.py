@@ -19,6 +19,7 @@ from scheduling.simulator.traffic import Lengths, LogNormal, make_jobs, noisy, p
 from scheduling.simulator.worker import WorkerSpec
 
 COST = LinearCost(base=0.01, per_token=2e-4, per_sequence=1e-4, per_context=1e-6)
+TENANTS = ("a", "b", "c")
 LENGTHS = Lengths("test", LogNormal(60, 1.0), LogNormal(120, 1.0), max_prompt=300, max_total=800)
 
 
@@ -71,9 +72,20 @@ def test_one_engine(policy: str, blocks: int, rules: Rules) -> None:
     _assert_alike(fast, slow)
 
 
+@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("blocks", [120, 4000])
+def test_an_engine_that_tenants_share(policy: str, blocks: int) -> None:
+    jobs = make_jobs(LENGTHS, poisson(5.0), 60, seed=1, estimator=noisy(0.5), tenants=TENANTS)
+    spec = _spec(policy, Rules(), blocks)
+    fast = simulate(jobs, spec, keep_token_times=True)
+    slow = simulate(jobs, spec, keep_token_times=True, strides=False)
+    _assert_alike(fast, slow)
+
+
+@pytest.mark.parametrize("tenants", [("",), TENANTS])
 @pytest.mark.parametrize("prefill_workers", [0, 1])
-def test_a_cluster(prefill_workers: int) -> None:
-    jobs = make_jobs(LENGTHS, poisson(12.0), 120, seed=1)
+def test_a_cluster(prefill_workers: int, tenants: tuple[str, ...]) -> None:
+    jobs = make_jobs(LENGTHS, poisson(12.0), 120, seed=1, tenants=tenants)
     worker = _spec("skip-join-mlfq", Rules(), 400)
     spec = ClusterSpec(
         worker,
