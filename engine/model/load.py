@@ -87,6 +87,7 @@ def load_executor(
         capacity,
         limits,
         weight_dtype=built.weight_dtype,
+        choice=built.choice,
         swap_bandwidth=swap_bandwidth,
     )
 

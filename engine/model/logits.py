@@ -22,7 +22,7 @@ from scheduling.sequence import Sequence
 _HEAD = 1024
 _HEAD_GROWTH = 8
 # Temperatures below this differ from greedy in nothing but their risk of overflow.
-_COLDEST = 1e-6
+COLDEST = 1e-6
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def warp(scores: Tensor, samplings: list[Sampling]) -> Tensor:
     Returns unnormalized log probabilities with a maximum of 0; what cannot be sampled is -inf.
     A token is cut by its value, so tokens that tie with the last one kept are kept too.
     """
-    temperatures = [max(sampling.temperature, _COLDEST) for sampling in samplings]
+    temperatures = [max(sampling.temperature, COLDEST) for sampling in samplings]
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / _column(temperatures, scores)
 
     rows = [row for row, sampling in enumerate(samplings) if sampling.top_k > 0]

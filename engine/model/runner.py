@@ -45,13 +45,15 @@ class TorchExecutor:
         threads: Threads,
         *,
         weight_dtype: str = "",
+        choice: sampler.Choice = sampler.choose,
         swap_bandwidth: float = 0.0,
     ) -> None:
-        """`swap_bandwidth`: most bytes per second each way, 0 for no limit. Raises ConfigError
-        where swapping is asked for and cannot be."""
+        """`choice` takes tokens from the model's logits. `swap_bandwidth`: most bytes per second
+        each way, 0 for no limit. Raises ConfigError where swapping is asked for and cannot be."""
         self.model = model
         self.pool = pool
         self.weight_dtype = weight_dtype  # for people; that of the KV is in the pool's geometry
+        self._choice = choice
         self._swapper = Swapper(pool, capacity.host_blocks, bandwidth=swap_bandwidth)
         self._capacity = capacity
         self._threads = threads
@@ -104,7 +106,7 @@ class TorchExecutor:
             self.pool.clear(begun_blocks(plan, self.pool.block_size))
             batch, rows = build_batch(plan, self.pool.block_size, self._device)
             output = self.model.forward(batch, self.pool)
-            sampled = _sample(plan.chunks, rows, output)
+            sampled = _sample(plan.chunks, rows, output, self._choice)
             prompt = tuple(
                 _prompt_logprobs(chunk, wanted, output.logits)
                 for chunk, wanted in zip(plan.chunks, rows, strict=True)
@@ -126,27 +128,36 @@ class TorchExecutor:
 
 
 def _sample(
-    chunks: tuple[Chunk, ...], rows: tuple[ChunkRows, ...], output: Output
+    chunks: tuple[Chunk, ...],
+    rows: tuple[ChunkRows, ...],
+    output: Output,
+    choice: sampler.Choice,
 ) -> tuple[Sampled | None, ...]:
     """The next token of every chunk that samples."""
     pairs = list(zip(chunks, rows, strict=True))
     greedy = [chunk.sequence for chunk, row in pairs if row.best is not None]
     others = [chunk.sequence for chunk, row in pairs if row.sample is not None]
-    best, drawn = iter(sampler.pick(output.best, greedy)), iter(_draw(rows, others, output.logits))
+    best = iter(sampler.pick(output.best, greedy))
+    drawn = iter(_draw(rows, others, output.logits, choice))
     return tuple(
         None if not chunk.sample else next(best) if row.best is not None else next(drawn)
         for chunk, row in pairs
     )
 
 
-def _draw(rows: tuple[ChunkRows, ...], sequences: list[Sequence], logits: Tensor) -> list[Sampled]:
+def _draw(
+    rows: tuple[ChunkRows, ...],
+    sequences: list[Sequence],
+    logits: Tensor,
+    choice: sampler.Choice,
+) -> list[Sampled]:
     """The next token of the sequences that need all of their logits."""
     if not sequences:
         return []
     if len(sequences) < len(logits):  # the others are for prompt logprobs
         wanted = [row.sample for row in rows if row.sample is not None]
         logits = logits[torch.tensor(wanted, device=logits.device)]
-    return sampler.sample(logits, sequences)
+    return sampler.sample(logits, sequences, choice)
 
 
 def _prompt_logprobs(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Logprob, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,32 @@ _BLOCK = 256
 _LOGPROB_ROWS = 64
 
 
+class Choice(Protocol):
+    """Who chooses tokens: `choose`, or a backend that gives the same in its own way."""
+
+    def __call__(self, scores: Tensor, sequences: list[Sequence]) -> list[int]:
+        """A token for each row of adjusted scores [S, vocab] of any float type; -1 where none is
+        possible. NaN and +inf count as in `logits.finite`."""
+        ...
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+def choose(scores: Tensor, sequences: list[Sequence]) -> list[int]:
+    """The Choice for any device."""
+    scores = finite(scores)
+    best = scores.max(dim=-1)
+    chosen = best.indices
+    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
+    if drawn:
+        rows = scores if len(drawn) == len(sequences) else scores[drawn]
+        samplers = [sequences[row] for row in drawn]
+        chosen[drawn] = _draw(warp(rows, [s.request.sampling for s in samplers]), samplers)
+    tokens: list[int] = chosen.masked_fill(best.values == -math.inf, -1).tolist()
+    return tokens
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: list[Sequence], choice: Choice = choose) -> list[Sampled]:
     """The next token of each sequence, given its logits [S, vocab] of any float type.
 
     Logits that are NaN count as -inf, and +inf as the largest float. Where no token is left (the
@@ -40,19 +65,17 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     """
     if all(is_plain_greedy(sequence) for sequence in sequences):
         return pick(best_tokens(logits), sequences)
-    raw = finite(logits)
-    tokens = _choose(adjust(raw, sequences), sequences)
-    reports = _reports(raw, tokens, sequences)
+    scores = logits
+    if any(map(needs_adjustment, sequences)):
+        scores = adjust(finite(logits), sequences)
+    tokens = _possible(choice(scores, sequences), sequences)
+    reports = _reports(logits, tokens, sequences)
     return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
 
 
 def pick(best: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     """What `sample` gives for sequences that are plainly greedy, from their `best_tokens` [S]."""
-    tokens: list[int] = best.tolist()
-    return [
-        Sampled(token if token >= 0 else _last_resort(sequence))
-        for token, sequence in zip(tokens, sequences, strict=True)
-    ]
+    return [Sampled(token) for token in _possible(best.tolist(), sequences)]
 
 
 @torch.inference_mode()
@@ -72,19 +95,12 @@ def is_plain_greedy(sequence: Sequence) -> bool:
     )
 
 
-def _choose(scores: Tensor, sequences: list[Sequence]) -> list[int]:
-    """A token for each row of adjusted scores [S, vocab]."""
-    best = scores.max(dim=-1)
-    chosen = best.indices
-    drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
-    if drawn:
-        rows = scores if len(drawn) == len(sequences) else scores[drawn]
-        samplers = [sequences[row] for row in drawn]
-        chosen[drawn] = _draw(warp(rows, [s.request.sampling for s in samplers]), samplers)
-    tokens: list[int] = chosen.tolist()
-    for row in (best.values == -math.inf).nonzero().flatten().tolist():
-        tokens[row] = _last_resort(sequences[row])
-    return tokens
+def _possible(tokens: list[int], sequences: list[Sequence]) -> list[int]:
+    """The tokens, with a last resort in the place of each -1."""
+    return [
+        token if token >= 0 else _last_resort(sequence)
+        for token, sequence in zip(tokens, sequences, strict=True)
+    ]
 
 
 def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -120,7 +136,7 @@ def _last_resort(sequence: Sequence) -> int:
     return (*possible, *allowed, 0)[0]
 
 
-def _reports(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[int, Logprob]:
+def _reports(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[int, Logprob]:
     """Logprobs of the chosen tokens, by row, for the requests that ask for them."""
     wanted = {
         row: sequence.request.logprobs
@@ -130,7 +146,7 @@ def _reports(raw: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[
     if not wanted:
         return {}
     rows = list(wanted)
-    reports = _logprobs(raw[rows], [tokens[row] for row in rows], list(wanted.values()))
+    reports = _logprobs(logits[rows], [tokens[row] for row in rows], list(wanted.values()))
     return dict(zip(rows, reports, strict=True))
 
 

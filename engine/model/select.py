@@ -15,6 +15,7 @@ from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.model import PagedModel
 from engine.model.options import ModelOptions
+from engine.model.sampler import Choice, choose
 from engine.model.weights import Checkpoint
 from engine.native.library import Library
 from engine.native.select import QUANTIZATIONS, select_library, step_dtype
@@ -38,6 +39,7 @@ class Built:
     weight_dtype: str  # name of the weights' number format
     kv_dtype: torch.dtype
     torch_threads: int  # that a pass may use; 0 for torch's own choice
+    choice: Choice = choose  # of tokens, given the model's logits
 
 
 def build_model(config: ModelConfig, options: ModelOptions) -> Built:
@@ -76,7 +78,8 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
         "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
     )
     # One thread of torch's: two pools of threads on the same cores collide.
-    return Built(model, weights, _kv_dtype(options, dtype), torch_threads=1)
+    kv_dtype = _kv_dtype(options, dtype)
+    return Built(model, weights, kv_dtype, torch_threads=1, choice=model.choice)
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:

@@ -117,6 +117,24 @@ class BatchView(Structure):
     )
 
 
+class DrawsView(Structure):
+    """BatonDraws: addresses of one call's arrays, which must live until it is over."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("vocabulary", c_int32),
+        ("logits", c_void_p),
+        ("temperatures", c_void_p),
+        ("top_ks", c_void_p),
+        ("top_ps", c_void_p),
+        ("min_ps", c_void_p),
+        ("seeds", c_void_p),
+        ("streams", c_void_p),
+        ("positions", c_void_p),
+        ("tokens", c_void_p),
+    )
+
+
 class Times(Structure):
     """BatonTimes: seconds of a pass by part."""
 
@@ -158,6 +176,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
             c_void_p, c_void_p, c_void_p, c_int32, c_void_p,
         ),
     ),
+    "baton_sample": (c_int32, (c_void_p, c_int32, POINTER(DrawsView))),
     "baton_read_bandwidth": (c_double, (c_void_p, c_int64, c_int32)),
 }  # fmt: skip
 

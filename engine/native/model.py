@@ -21,6 +21,7 @@ from engine.model.rope import Rope
 from engine.model.weights import Checkpoint
 from engine.native import library
 from engine.native.library import Activation, BatchView, Format, Isa, Library, Matrix, Times, Vector
+from engine.native.sampling import CompiledChoice
 from engine.native.step import FORMATS, CompiledStep
 
 ACTIVATIONS = {
@@ -66,6 +67,7 @@ class CompiledLlama:
         self._step = CompiledStep(
             lib, _shape(config, shape, options), threads=options.threads, isa=options.isa
         )
+        self.choice = CompiledChoice(self._step.sample)
         self._block_size = options.block_size
         _Packer(self._step, checkpoint, config, shape).pack()
 

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from baton.errors import ModelError
-from engine.native.library import BatchView, Format, Isa, Library, Matrix, Shape, Times, Vector
+from engine.native.library import (
+    BatchView,
+    DrawsView,
+    Format,
+    Isa,
+    Library,
+    Matrix,
+    Shape,
+    Times,
+    Vector,
+)
 
 FORMATS = {
     torch.float32: Format.F32,
@@ -38,6 +48,7 @@ class CompiledStep:
             reason = library.error()
             self._functions.baton_team_free(team)
             raise ModelError(f"compiled backend: {reason}")
+        self._team, self._isa = team, isa
         weakref.finalize(self, _free, self._functions, self._model, team)
 
     def pack(self, layer: int, matrix: Matrix, first: int, weight: Tensor) -> None:
@@ -86,6 +97,11 @@ class CompiledStep:
     def run(self, batch: BatchView, times: Times | None = None) -> None:
         """One pass; other Python threads go on meanwhile. Raises RuntimeError if it fails."""
         if self._functions.baton_step(self._model, batch, times) != 0:
+            raise RuntimeError(f"compiled backend: {self._library.error()}")
+
+    def sample(self, draws: DrawsView) -> None:
+        """Choose tokens, on the same threads. Raises RuntimeError if that fails."""
+        if self._functions.baton_sample(self._team, self._isa, draws) != 0:
             raise RuntimeError(f"compiled backend: {self._library.error()}")
 
 

@@ -125,3 +125,23 @@ BATON_EXPORT int32_t baton_multiply(BatonTeam*, int32_t isa, int32_t weights, in
                                     int32_t repeats, double* seconds);
 // Bytes per second that the team reads from `bytes` of memory, best of `repeats`.
 BATON_EXPORT double baton_read_bandwidth(BatonTeam*, int64_t bytes, int32_t repeats);
+
+// Rows of logits to choose a token from, each by what its own request asks for; see
+// engine/model/logits.py and engine/model/sampler.py for what the fields mean. NaN counts as -inf
+// and inf as the largest float.
+struct BatonDraws {
+  int32_t rows;               // R
+  int32_t vocabulary;         // V
+  const float* logits;        // [R, V]
+  const float* temperatures;  // [R], 0 for the largest logit, the first one if they tie
+  const int32_t* top_ks;      // [R], 0 for no limit
+  const float* top_ps;        // [R], 1 for no limit
+  const double* min_ps;       // [R], 0 for no limit
+  const uint64_t* seeds;      // [R]
+  const uint32_t* streams;    // [R], index of the sequence in its request
+  const uint32_t* positions;  // [R], of the token to choose
+  int64_t* tokens;            // [R], the choice, -1 where all logits are -inf
+};
+
+// Choose the tokens, rows shared out over the team.
+BATON_EXPORT int32_t baton_sample(BatonTeam*, int32_t isa, const BatonDraws*);
