@@ -236,15 +236,8 @@ def table(records: Sequence[Record]) -> Table:
     return Table(
         "Accuracy of number formats, on the demo model",
         (
-            *(
-                "text",
-                "weights and KV",
-                "backend",
-                "perplexity",
-                "of float32's",
-                "same likeliest token",
-            ),
-            *("tokens until the first other", "of", "same answers"),
+            *("text", "weights and KV", "backend", "perplexity", "of float32's"),
+            *("same likeliest token", "tokens until the first other", "of", "same answers"),
         ),
         [(kind, *_cells(setup, values)) for (kind, setup), values in rows.items()],
     )

@@ -155,13 +155,15 @@ class TinyModel:
         for prompt, *found in zip(prompts, outputs, gaps, strict=True):
             self._cache[tuple(prompt), tokens] = (found[0], found[1])
 
-    def assert_generates(self, prompt: Items[int], output: Items[int]) -> None:
-        """`output` is what transformers generates; two logits within rounding are a draw, after
+    def assert_generates(
+        self, prompt: Items[int], output: Items[int], *, rounding: float = 1e-4
+    ) -> None:
+        """`output` is what transformers generates; two logits within `rounding` are a draw, after
         which the sequences may differ."""
         expected, gaps = self.generate(prompt, len(output))
         for position, (ours, theirs) in enumerate(zip(output, expected, strict=True)):
             if ours != theirs:
-                assert gaps[position] < 1e-4, f"position {position}: {ours} instead of {theirs}"
+                assert gaps[position] < rounding, f"position {position}: {ours} instead of {theirs}"
                 return
 
 
