@@ -54,6 +54,7 @@ requests = st.builds(
     sampling=samplings,
     stopping=stoppings,
     priority=st.integers(-(2**31), 2**31 - 1),
+    tenant=st.text(max_size=16),
     level=st.integers(0, 15),
     arrived_at=st.just(5.0),
     waited=st.integers(0, 1000).map(float),

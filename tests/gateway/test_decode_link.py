@@ -90,3 +90,21 @@ def test_the_registry_is_believed_where_the_worker_has_been_silent():
     assert it.openings == 0
     it.update(idle, now=100.6)
     assert it.openings == 12
+
+
+def test_a_full_worker_owes_a_tenant_its_share_of_the_places():
+    it = busy(link(8), 8, 4)
+    assert (it.openings, it.owes("mine", tenants=4)) == (0, True)
+    slots = [it.open(Listener(1), 1, "mine") for _ in range(3)]  # type: ignore[arg-type]
+    assert not it.owes("mine", tenants=4)  # 3 of 12 places
+    assert it.owes("mine", tenants=3) and it.owes("other", tenants=100)
+    it.close(slots[0])
+    assert it.owes("mine", tenants=4)
+
+
+def test_nobody_is_owed_anything_where_a_worker_does_not_say_its_batch_or_does_not_answer():
+    assert not link(None).owes("mine", tenants=2)
+    it = link(1000)
+    for _ in range(MAX_RESERVING):
+        it.open(Listener(1), 1, "flood")  # type: ignore[arg-type]
+    assert not it.owes("mine", tenants=2)

@@ -84,6 +84,20 @@ async def test_single_requests_keep_their_place_in_anothers_flood(rush, eventual
     assert len(order) == 203 - held
 
 
+async def test_a_full_worker_is_sent_what_a_tenant_has_less_than_its_share_of(rush, eventually):
+    await rush.come("flood", 20, eventually=eventually)
+    await eventually(lambda: len(rush.started()) == BATCH + 1)
+    await rush.come("b", 4, eventually=eventually)
+    await eventually(lambda: rush.started().count("b") == 2)  # of 5 places, for two tenants
+    await rush.come("c", 2, eventually=eventually)
+    await eventually(lambda: rush.started().count("c") == 1)
+    assert rush.started().count("flood") == BATCH + 1
+    assert rush.sessions.waiting == 15 + 2 + 1
+    keys = {s.request.tenant for s in rush.worker.started}
+    assert len(keys) == 3 and not keys & {"flood", "b", "c", ""}
+    assert len(await rush.end()) == 26
+
+
 @pytest.mark.parametrize("rush", [MLFQ], indirect=True)
 async def test_a_flood_of_short_prompts_does_not_starve_a_long_one_of_another_tenant(
     rush, eventually
@@ -98,8 +112,9 @@ async def test_a_flood_of_short_prompts_does_not_starve_a_long_one_of_another_te
 
 async def test_higher_priority_goes_before_all_of_lower(rush, eventually):
     await rush.come("a", 20, eventually=eventually)
-    held = len(rush.started())
     await rush.come("b", 3, eventually=eventually)
+    await eventually(lambda: len(rush.started()) == BATCH + 1 + 2)  # what b is owed is sent, too
+    held = len(rush.started())
     await rush.come("high", 4, priority=1, eventually=eventually)
     order = (await rush.end())[held:]
     assert order[:4] == ["high"] * 4

@@ -237,3 +237,16 @@ async def test_a_tenant_is_forgotten_with_its_last_request(cluster: Pool, redis_
         await line.gateway.finish(mine, Outcome.FINISHED, 9)
         assert not await raw.exists(lane)
         await raw.connection_pool.disconnect()
+
+
+async def test_a_place_that_is_open_to_some_tenants_goes_to_the_first_of_theirs(cluster: Pool):
+    gateway = await cluster.gateway("g", FCFS)
+    await cluster.worker("p", capacity_tokens=100)
+    for number, tenant in enumerate("aaabcb"):
+        await gateway.submit(Submission(f"{tenant}{number}", tenant, 10, 100))
+    target = await record(gateway, "p")
+    assert [c.request_id for c in await gateway.claim(target, 8, ["d"])] == []
+    assert [c.request_id for c in await gateway.claim(target, 1, ["b", "c"])] == ["b3"]
+    assert [c.request_id for c in await gateway.claim(target, 8, ["b"])] == ["b5"]
+    rest = [c.request_id for c in await gateway.claim(target, 8)]
+    assert sorted(rest) == ["a0", "a1", "a2", "c4"]
