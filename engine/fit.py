@@ -68,8 +68,10 @@ def fit_to(passes: list[TimedPass], executor: TorchExecutor, name: str, *, repea
         block_bytes=pool.block_bytes,
         blocks=capacity.blocks,
         max_context=capacity.max_context,
+        kv_dtype="int8" if pool.geometry.scale_size else "auto",
         source=f"measured on {pool.storage.device}, {torch.get_num_threads()} threads, "
-        f"{pool.geometry.dtype}; KV transfer not measured",
+        f"weights in {executor.weight_dtype}, KV in {pool.geometry.dtype}; "
+        "KV transfer not measured",
     )
     return Fit(profile, records)
 

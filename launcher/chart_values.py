@@ -71,6 +71,8 @@ def worker_values(
         "max_batch_sequences": best.tuning.max_sequences,
         "block_size": device.block_size,
     }
+    if device.kv_dtype != "auto":
+        config["kv_dtype"] = device.kv_dtype
     if device.block_bytes:
         config["kv_memory"] = device.blocks * device.block_bytes
     workers: dict[str, Any] = {"replicas": replicas, "config": config}

@@ -23,7 +23,14 @@ _OPTIONS = [
         help="a model directory, or a name such as llama-3-8b",
     ),
     click.option("--gpu", default="h200", show_default=True, help="a100-40, a100-80, h100 or h200"),
-    click.option("--profile", default="", help="instead of these two: a profile's name or file"),
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(["auto", "int8"]),
+        default="auto",
+        show_default=True,
+        help="number format of KV: that of the weights, or int8",
+    ),
+    click.option("--profile", default="", help="instead of these three: a profile's name or file"),
     click.option(
         "--trace",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),

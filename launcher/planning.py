@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich import box
@@ -45,6 +45,7 @@ class Options:
 
     model: str
     gpu: str
+    kv_dtype: Literal["auto", "int8"]
     profile: str
     trace: Path | None
     rate: float
@@ -110,7 +111,7 @@ def _profile(options: Options) -> Profile:
             known = ", ".join(SHAPES)
             raise ConfigError(f"--model {options.model}: no directory, and none of {known}")
         shape = ModelShape.load(Path(options.model))
-    return of_hardware(shape, GPUS[options.gpu])
+    return of_hardware(replace(shape, kv_dtype=options.kv_dtype), GPUS[options.gpu])
 
 
 def _policy(name: str) -> Callable[[Mlfq, CostTracker], Policy]:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from baton.errors import ConfigError
 from scheduling.cost import LinearCost
@@ -35,6 +35,7 @@ class ModelShape:
     gated: bool = True  # three matrices in the feed-forward part, not two
     tied: bool = False  # input and output embeddings are one matrix
     bytes_per_value: int = 2
+    kv_dtype: Literal["auto", "int8"] = "auto"  # as in WorkerConfig
 
     @property
     def multiplied(self) -> int:
@@ -52,7 +53,9 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes_per_value
+        scaled = self.kv_dtype == "int8"  # with a float32 scale per head
+        head = self.head_dim + 4 if scaled else self.head_dim * self.bytes_per_value
+        return 2 * self.layers * self.kv_heads * head
 
     @classmethod
     def of(cls, config: Mapping[str, Any], name: str) -> ModelShape:

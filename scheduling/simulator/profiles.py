@@ -44,6 +44,7 @@ class Profile:
     transfer_latency: float = 0.002
     device: str = "cpu"  # torch's name of it
     weight_bytes: int = 0
+    kv_dtype: str = "auto"  # as in WorkerConfig
     source: str = ""  # where the figures are from
 
     @property
@@ -121,6 +122,7 @@ def of_hardware(
         max_context=shape.max_context,
         device="cuda",
         weight_bytes=shape.weight_bytes,
+        kv_dtype=shape.kv_dtype,
         source=f"roofline: data sheet of the {gpu.name}, {reached.bandwidth:.0%} of its bandwidth "
         f"and {reached.operations:.0%} of its operations",
     )

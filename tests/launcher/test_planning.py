@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -66,6 +67,11 @@ def test_a_gpu_is_asked_for_with_memory_for_the_weights(tmp_path: Path) -> None:
     workers = worker_values(2, profile("h200-llama-3-8b"), trial, {"policy": "fcfs"})
     assert workers["resources"]["limits"] == {"nvidia.com/gpu": 1, "memory": "23Gi"}
     assert workers["config"]["device"] == "cuda"
+    assert "kv_dtype" not in workers["config"]
+    jsonschema.validate({"decode": workers}, SCHEMA)
+    narrow = replace(profile("h200-llama-3-8b"), kv_dtype="int8")
+    workers = worker_values(2, narrow, trial, {"policy": "fcfs"})
+    assert workers["config"]["kv_dtype"] == "int8"
     jsonschema.validate({"decode": workers}, SCHEMA)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ def test_shapes_have_the_published_number_of_weights_and_kv_bytes() -> None:
     assert billions["opt-13b"] == pytest.approx(12.85, abs=0.03)
     assert SHAPES["llama-2-7b"].kv_bytes_per_token == 512 * 1024
     assert SHAPES["llama-3-8b"].kv_bytes_per_token == 128 * 1024
+
+
+def test_kv_in_int8_takes_a_byte_a_number_and_a_scale_a_head() -> None:
+    wide = SHAPES["llama-3-8b"]
+    narrow = replace(wide, kv_dtype="int8")
+    assert narrow.kv_bytes_per_token == 32 * 2 * 8 * (128 + 4)
+    assert of_hardware(narrow, GPUS["h200"]).blocks > 1.9 * of_hardware(wide, GPUS["h200"]).blocks
 
 
 def test_a_shape_is_read_from_a_model_directory() -> None:
