@@ -1,10 +1,10 @@
 """What a plan costs: the time of DecodeScheduler.plan, by policy.
 
-    python benchmarks/scheduler.py [--sequences 1000] [--running 256] [--plans 300]
+    python benchmarks/scheduler.py [--sequences 1000] [--running 256] [--plans 300] [--tenants 1]
 
-So many sequences on one worker, some of them in the batch and the others waiting or swapped out,
-without a host pool and with proactive swapping. Wall time, of which the median counts: asking for
-processor time takes as long as a plan on some machines.
+So many sequences of so many tenants on one worker, some of them in the batch and the others waiting
+or swapped out, without a host pool and with proactive swapping. Wall time, of which the median
+counts: asking for processor time takes as long as a plan on some machines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WARMUP = 50  # plans
 LONGEST = 2048
 
 
-def request(number: int, rng: random.Random) -> Request:
+def request(number: int, rng: random.Random, tenants: int) -> Request:
     """A prompt of some tokens, and an output that does not end while plans are timed."""
     expected = rng.randrange(100, 1000)
     return Request(
@@ -35,6 +35,7 @@ def request(number: int, rng: random.Random) -> Request:
         Sampling(),
         Stopping(1200),
         estimate=LengthEstimate(expected, expected + 100),
+        tenant=f"tenant-{number % tenants}",
     )
 
 
@@ -46,7 +47,7 @@ def result_of(plan: StepPlan) -> StepResult:
 
 
 def seconds_per_plan(
-    policy: str, rules: Rules, sequences: int, running: int, plans: int
+    policy: str, rules: Rules, sequences: int, running: int, plans: int, tenants: int
 ) -> list[float]:
     """Seconds of each of so many plans."""
     rng = random.Random(0)
@@ -60,7 +61,7 @@ def seconds_per_plan(
         cost=cost,
     )
     for number in range(sequences):
-        scheduler.submit(request(number, rng), number * 1e-3)
+        scheduler.submit(request(number, rng, tenants), number * 1e-3)
     now, taken = sequences * 1e-3, []
     for _ in range(WARMUP + plans):
         start = time.perf_counter()
@@ -79,8 +80,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=1000)
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--plans", type=int, default=300)
+    parser.add_argument("--tenants", type=int, default=1)
     options = parser.parse_args()
-    sizes = (options.sequences, options.running, options.plans)
+    sizes = (options.sequences, options.running, options.plans, options.tenants)
     for name in NAMES:
         for preemption in ("recompute", "swap"):
             taken = seconds_per_plan(name, Rules(preemption=preemption), *sizes)

@@ -1,5 +1,5 @@
-"""FAIR: one tenant floods a cluster with a multiple of its share. What the others notice of it with
-the queue's tenant lanes, and when the same requests wait as one tenant's; in the simulator."""
+"""FAIR: one tenant floods a cluster with a multiple of its share. What the others notice of it, and
+what they would if all requests were one tenant's; in the simulator."""
 
 from __future__ import annotations
 
@@ -34,23 +34,22 @@ FLOODS = (2.0, 5.0, 10.0)
 _POLICIES = ("predicted-srpt", "skip-join-mlfq")
 _WORKERS = 2
 _BATCH = 16
-_FLOODING = "tenant-0"
+_FLOODING = 0
 _AXIS = "flood"
-_NO_LANES = ", no lanes"
+_ONE = ", one tenant"
 _NONE_AHEAD = ", none ahead"
 _METRICS = (("p95_ttft_s", "P95 TTFT"), ("mean_jct_s", "mean JCT"))
 _LIMIT = 2.0  # times what it is without the flood
 
 
-def _spec(policy: str, lanes: bool = True, ahead: int = _BATCH) -> ClusterSpec:
+def _spec(policy: str, ahead: int = _BATCH) -> ClusterSpec:
     """Workers hold `ahead` sequences beyond their batch: by default as many as `decode_ahead` says
     under policies that preempt."""
     capacity = Capacity(
         blocks=1 << 13, block_size=16, max_tokens=2048, max_sequences=_BATCH, max_context=2049
     )
     worker = WorkerSpec(capacity, OPT_13B_ON_A100, lambda cost: make_policy(policy, cost=cost))
-    order = QueueOrder(policy, lanes=lanes)
-    return ClusterSpec(worker, _WORKERS, queue=order, ahead_sequences=ahead)
+    return ClusterSpec(worker, _WORKERS, queue=QueueOrder(policy), ahead_sequences=ahead)
 
 
 def _measure(run: Run) -> list[Record]:
@@ -61,7 +60,7 @@ def _measure(run: Run) -> list[Record]:
         for policy in _POLICIES
         for made, spec in (
             (policy, _spec(policy)),
-            (policy + _NO_LANES, _spec(policy, lanes=False)),
+            (policy + _ONE, _spec(policy)),
             (policy + _NONE_AHEAD, _spec(policy, ahead=0)),
         )
     }
@@ -71,15 +70,17 @@ def _measure(run: Run) -> list[Record]:
     for number, seed in enumerate(run.seeds):
         for at in rates:
             jobs = _traffic(at * share, USUAL * share, seconds, seed)
+            as_one = [replace(job, tenant="") for job in jobs]
             for policy in rotated(tuple(specs), number):
-                served = simulate_cluster(jobs, specs[policy]).served
+                arriving = as_one if policy.endswith(_ONE) else jobs
+                served = simulate_cluster(arriving, specs[policy]).served
                 samples.add(_point(policy, at), **_metrics(served, seconds))
                 run.progress.done(f"{NAME} {policy}, {at:g} times its share")
     for policy in _POLICIES:
         for at in FLOODS:
             for metric, _ in _METRICS:
                 samples.compare(_point(policy, at), _point(policy, USUAL), metric)
-                samples.compare(_point(policy + _NO_LANES, at), _point(policy, at), metric)
+                samples.compare(_point(policy + _ONE, at), _point(policy, at), metric)
     return samples.records()
 
 
@@ -97,7 +98,7 @@ def _traffic(flood: float, usual: float, seconds: float, seed: int) -> list[Job]
     """What arrives in that time. The requests of the calm are the same at every `flood`."""
     jobs: list[Job] = []
     for tenant in range(TENANTS):
-        rate = usual if tenant else flood
+        rate = flood if tenant == _FLOODING else usual
         drawn = make_jobs(
             SHAREGPT,
             poisson(rate),
@@ -113,15 +114,19 @@ def _traffic(flood: float, usual: float, seconds: float, seed: int) -> list[Job]
 def _metrics(served: Sequence[Served], seconds: float) -> dict[str, float]:
     """Of the calm tenants' requests after the first tenth of the time, and how much of the output
     until the flood ended was the flooding tenant's."""
-    calm = [s for s in served if s.job.tenant != _FLOODING and s.job.arrived_at > seconds / 10]
+    calm = [s for s in served if not _floods(s.job) and s.job.arrived_at > seconds / 10]
     by_then = [s for s in served if s.finished_at <= seconds]
     tokens = sum(s.job.output_tokens for s in by_then)
-    flooding = sum(s.job.output_tokens for s in by_then if s.job.tenant == _FLOODING)
+    flooding = sum(s.job.output_tokens for s in by_then if _floods(s.job))
     return {
         "p95_ttft_s": float(np.percentile([s.to_first_token for s in calm], 95)),
         "mean_jct_s": float(np.mean([s.completion for s in calm])),
         "flooding_share": flooding / tokens if tokens else 0.0,
     }
+
+
+def _floods(job: Job) -> bool:
+    return job.id.startswith(f"{_FLOODING}-")
 
 
 def _tables(results: Results) -> list[Table]:

@@ -109,21 +109,24 @@ def _class_in_turn(
     if len(wanted) == 1:
         return [*members]
     within = level(wanted.values(), places)
-    held = [s for s in members if s in holders] if holders else []
+    first, then, last = list[Sequence](), list[Sequence](), list[Sequence]()
     count = dict.fromkeys(wanted, 0)  # looked at so far, by tenant
-    for sequence in held:
-        count[sequence.request.tenant] += 1
-    first, then, last = held, list[Sequence](), list[Sequence]()
-    for sequence in members:
-        if holders and sequence in holders:
-            continue
+    if holders:
+        first = [sequence for sequence in members if sequence in holders]
+        members = [sequence for sequence in members if sequence not in holders]
+        for sequence in first:
+            count[sequence.request.tenant] += 1
+    due = sum(max(0, min(most, within + 1) - count[name]) for name, most in wanted.items())
+    for number, sequence in enumerate(members):
+        if not due:  # everybody has what they are entitled to: the rest is in order
+            last += members[number:]
+            break
         tenant = sequence.request.tenant
         place = count[tenant]
         count[tenant] = place + 1
-        if place < within:
-            first.append(sequence)
-        elif place == within:
-            then.append(sequence)
-        else:
+        if place > within:
             last.append(sequence)
+            continue
+        due -= 1
+        (first if place < within else then).append(sequence)
     return first + then + last
