@@ -4,8 +4,9 @@
         --plots docs/images
 
 RESULTS holds one folder or file per benchmark, as each wrote it with --out: engine*.json (`baton
-bench engine`: its results.json), host-work*.json, startup*.json, accuracy*.json and peers*.json
-(`python -m benchmarks.peers`: its results.json). Several of a kind become one table.
+bench engine`: its results.json), host-work*.json, startup*.json, accuracy*.json, sampling*.json
+and peers*.json (`python -m benchmarks.peers`: its results.json). Several of a kind become one
+table.
 
 The page has pairs of comments, `<!-- tables NAME -->` and `<!-- end -->`. What stands between them
 is replaced; all other text is left as it is. Without --page the tables are printed.
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import accuracy, host_work, startup
+from benchmarks import accuracy, host_work, sampling, startup
 from benchmarks.peers import records as peer_records
 from benchmarks.peers import report as peer_report
 from engine.bench import plots
@@ -28,7 +29,12 @@ from engine.bench.tables import tables
 
 _BLOCK = re.compile(r"(<!-- tables (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _REFERENCE = "baton"
-OWN = {"host-work": host_work.table, "startup": startup.table, "accuracy": accuracy.table}
+OWN = {
+    "host-work": host_work.table,
+    "startup": startup.table,
+    "accuracy": accuracy.table,
+    "sampling": sampling.table,
+}
 ENGINE = ("ceilings", "prompts", "batches", "contexts", "cost", "beside")
 
 
