@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -77,6 +78,7 @@ class DecodeLink:
         self._listeners: dict[int, SlotListener] = {}
         self._sequences: dict[int, int] = {}  # by slot
         self._tenants: dict[int, str] = {}  # by slot
+        self._held: Counter[str] = Counter()  # sequences, by tenant
         self._others = 0  # sequences of other gateways, at the last word on the load
         self._reserving: set[int] = set()  # slots the worker has not answered for
         self._numbers = itertools.count(1)
@@ -113,8 +115,7 @@ class DecodeLink:
         its share of the places there. `tenants`: how many have live requests here."""
         if self._places is None or len(self._reserving) >= MAX_RESERVING:
             return False
-        held = sum(n for slot, n in self._sequences.items() if self._tenants[slot] == tenant)
-        return held < max(1, self._places // tenants)
+        return self._held[tenant] < max(1, self._places // tenants)
 
     @property
     def _places(self) -> int | None:
@@ -165,6 +166,7 @@ class DecodeLink:
         self._listeners[slot] = listener
         self._sequences[slot] = sequences
         self._tenants[slot] = tenant
+        self._held[tenant] += sequences
         self._reserving.add(slot)
         return slot
 
@@ -175,8 +177,10 @@ class DecodeLink:
     def close(self, slot: int) -> None:
         """Forget a slot and have the worker free it. Harmless when it is gone already."""
         self._reserving.discard(slot)
-        self._sequences.pop(slot, None)
-        self._tenants.pop(slot, None)
+        if (tenant := self._tenants.pop(slot, None)) is not None:
+            self._held[tenant] -= self._sequences.pop(slot)
+            if not self._held[tenant]:
+                del self._held[tenant]
         if self._listeners.pop(slot, None) is not None:
             self.send(DecodeRequest(abort=AbortSlots(slots=[slot])))
 
@@ -252,5 +256,6 @@ class DecodeLink:
         self._reserving.clear()
         self._sequences.clear()
         self._tenants.clear()
+        self._held.clear()
         for listener in listeners.values():
             listener.on_lost(reason)
