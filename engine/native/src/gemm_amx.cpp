@@ -18,7 +18,11 @@ namespace {
 
 constexpr int64_t kStepBytes = 64 * kPanel;  // of a panel, in a step
 constexpr int kRowBytes = kPanel * 4;        // of a row of sums
-constexpr int64_t kRowsInCache = 1 << 20;    // bytes of x that stay in the second-level cache
+constexpr int kManyRows = 128;               // from here on weights are not what a product waits for
+constexpr int kGroupPanels = 16;
+constexpr int64_t kGroupBytes = 512 << 10;   // of panels that stay in the second-level cache
+constexpr int64_t kPartSteps = 12;           // of rows that stay in the first-level cache
+constexpr int64_t kRowsInCache = 2 << 20;    // bytes of x that come from it or the next one in time
 constexpr int64_t kBlockBytes = 512 << 10;   // else: of x in a block, and of sums beside it
 constexpr int kBlockRows = 512;
 
@@ -41,6 +45,7 @@ void configure(int rows) {
   config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(upper);
   config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(lower);
   config.rows[6] = config.rows[7] = 16;
+  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 believes that 8 bytes are read
   _tile_loadconfig(&config);
   configured_rows = rows;
 }
@@ -54,15 +59,22 @@ void configure(int rows) {
 
 // A piece of work: `steps` steps of up to 32 rows and one panel.
 //
-// The processor's own prefetchers follow a panel as fast as memory is: asking ahead by 0.5 to 16
-// KiB, or reading two panels at a time, was not faster on Sapphire Rapids.
+// With few rows the processor's own prefetchers follow a panel as fast as memory is: asking ahead by
+// 0.5 to 16 KiB, or reading two panels at a time, was not faster on Sapphire Rapids.
 struct Piece {
   const char* weights;
   const char* x;
   int64_t stride;
   int rows;
   int64_t steps;
+  const char* ahead;  // weights that are wanted soon: `lines` lines of 64 bytes per step
+  int lines;
 };
+
+inline void ask_ahead(const Piece& piece, int64_t step) {
+  const char* line = piece.ahead + step * piece.lines * 64;
+  for (int i = 0; i < piece.lines; i++, line += 64) _mm_prefetch(line, _MM_HINT_T1);
+}
 
 template <bool kInt8>
 void steps_of_16(const Piece& piece) {
@@ -81,6 +93,7 @@ void steps_of_32(const Piece& piece) {
   const char* w = piece.weights;
   const char* lower = piece.x + 16 * piece.stride;
   for (int64_t step = 0; step < piece.steps; step++, w += kStepBytes) {
+    ask_ahead(piece, step);
     _tile_loadd(6, w, 128);
     _tile_loadd(4, piece.x + step * 64, piece.stride);
     _tile_loadd(7, w + 64, 128);
@@ -146,27 +159,57 @@ void finish(const Packed& w, const Rows& x, char* sums, int first, int rows, int
 
 int rows_from(int first, int end) { return end - first < kTileRows ? end - first : kTileRows; }
 
-Piece piece_of(const Packed& w, const Rows& x, int panel, int64_t step, int64_t steps,
-               int first, int rows) {
-  const char* panels = static_cast<const char*>(w.panels);
-  return {panels + panel * w.panel_bytes + step * kStepBytes,
-          static_cast<const char*>(x.data) + first * x.stride + step * 64,
-          x.stride,
-          rows,
-          steps};
+// While the rows from `first_row` to `end_row` meet a panel, they ask for the one that comes `next`
+// panels later, each tile of rows for its part.
+Piece piece_of(const Packed& w, const Rows& x, int panel, int64_t step, int64_t steps, int first,
+               int rows, int first_row, int end_row, int next) {
+  const char* weights = static_cast<const char*>(w.panels) + panel * w.panel_bytes + step * kStepBytes;
+  int tiles = (end_row - first_row + kTileRows - 1) / kTileRows;
+  // Fewer rows than that leave it to the processor's prefetchers: two that ask are slower.
+  int lines = tiles >= kManyRows / kTileRows ? (32 + tiles - 1) / tiles : 0;
+  int64_t part = (first - first_row) / kTileRows;
+  const char* ahead = weights + next * w.panel_bytes + part * steps * lines * 64;
+  return {weights, static_cast<const char*>(x.data) + first * x.stride + step * 64, x.stride, rows,
+          steps, ahead, lines};
 }
 
-// x stays in the cache while panel after panel passes it.
+// Few rows: they stay in the cache while panels stream past them.
 template <bool kInt8>
-void whole_rows(const Packed& w, const Rows& x, int first_panel, int end_panel, const Sink& sink) {
+void few_rows(const Packed& w, const Rows& x, int first_panel, int end_panel, const Sink& sink) {
   alignas(64) char tile[kTileRows * kRowBytes];
   int64_t steps = w.panel_bytes / kStepBytes;
   for (int panel = first_panel; panel < end_panel; panel++)
     for (int first = 0; first < x.count; first += kTileRows) {
       int rows = rows_from(first, x.count);
-      add<kInt8>(piece_of(w, x, panel, 0, steps, first, rows), true, tile);
+      add<kInt8>(piece_of(w, x, panel, 0, steps, first, rows, 0, x.count, 1), true, tile);
       finish(w, x, tile, first, rows, panel, sink);
     }
+}
+
+// A group of panels stays in the second-level cache while tile after tile of rows passes it. Part by
+// part of its depth, a tile of rows stays in the first-level cache while the panels of the group pass
+// it. So its outputs are neighbours in time as they are in memory: whole lines, written once.
+template <bool kInt8>
+void groups(const Packed& w, const Rows& x, int first_panel, int end_panel, const Sink& sink) {
+  alignas(64) char sums[kGroupPanels * kTileRows * kRowBytes];
+  int64_t steps = w.panel_bytes / kStepBytes;
+  int64_t parts = (steps + kPartSteps - 1) / kPartSteps, part = (steps + parts - 1) / parts;
+  int64_t fit = kGroupBytes / w.panel_bytes;
+  int size = fit < 1 ? 1 : fit > kGroupPanels ? kGroupPanels : static_cast<int>(fit);
+  for (int group = first_panel; group < end_panel; group += size) {
+    int group_end = end_panel - group < size ? end_panel : group + size;
+    for (int first = 0; first < x.count; first += kTileRows) {
+      int rows = rows_from(first, x.count);
+      for (int64_t step = 0; step < steps; step += part) {
+        int64_t count = steps - step < part ? steps - step : part;
+        char* tile = sums;
+        for (int panel = group; panel < group_end; panel++, tile += kTileRows * kRowBytes) {
+          add<kInt8>(piece_of(w, x, panel, step, count, first, rows, 0, x.count, size), step == 0, tile);
+          if (step + count == steps) finish(w, x, tile, first, rows, panel, sink);
+        }
+      }
+    }
+  }
 }
 
 // x is larger than the cache: a block of it, some rows and some of their depth, meets a group of
@@ -185,7 +228,7 @@ void blocks(const Packed& w, const Rows& x, int first_row, int end_row, int firs
       char* tile = sums + (panel - first_panel) * sums_bytes;
       for (int first = first_row; first < end_row; first += kTileRows, tile += kTileRows * kRowBytes) {
         int rows = rows_from(first, end_row);
-        add<kInt8>(piece_of(w, x, panel, step, count, first, rows), step == 0, tile);
+        add<kInt8>(piece_of(w, x, panel, step, count, first, rows, first_row, end_row, 1), step == 0, tile);
         if (step + count == steps) finish(w, x, tile, first, rows, panel, sink);
       }
     }
@@ -195,10 +238,9 @@ void blocks(const Packed& w, const Rows& x, int first_row, int end_row, int firs
 template <bool kInt8>
 void multiply(const Packed& w, const Rows& x, int first_panel, int count, const Sink& sink) {
   int end_panel = first_panel + count;
-  if (x.count * w.panel_bytes / kPanel <= kRowsInCache) {
-    whole_rows<kInt8>(w, x, first_panel, end_panel, sink);
-    return;
-  }
+  if (x.count < kManyRows) return few_rows<kInt8>(w, x, first_panel, end_panel, sink);
+  if (x.count * w.panel_bytes / kPanel <= kRowsInCache)
+    return groups<kInt8>(w, x, first_panel, end_panel, sink);
   constexpr int kGroup = kBlockBytes / (kBlockRows * kRowBytes);
   for (int first_row = 0; first_row < x.count; first_row += kBlockRows) {
     int end_row = x.count - first_row < kBlockRows ? x.count : first_row + kBlockRows;

@@ -19,6 +19,11 @@ int64_t bytes_of(BatonFormat format) {
   return format == BATON_F32 ? 4 : format == BATON_BF16 ? 2 : 1;
 }
 
+// From so many tokens per thread on, each takes its own through the products, too. Each reads all
+// weights then, but a token's numbers stay in the caches of one core: lines that another core wrote
+// cost more than weights that many rows share.
+constexpr int kOwnTokens = 128;
+
 Memory floats(int64_t count) { return Memory(static_cast<size_t>(count) * sizeof(float)); }
 
 }  // namespace
@@ -74,6 +79,8 @@ struct Step::Worker {
         row(step.row_.as<float>() + int64_t{thread} * shape.hidden),
         best_logits(step.best_logits_.as<float>() + int64_t{thread} * shape.max_tokens),
         best(step.best_.as<int64_t>() + int64_t{thread} * shape.max_tokens) {
+    int64_t threads = step.team_.threads();
+    own_rows = threads > 1 && batch.tokens >= kOwnTokens * threads;
     if (this->times != nullptr) last = now();
   }
 
@@ -92,8 +99,8 @@ struct Step::Worker {
  private:
   void attend() {
     norm(BATON_INPUT_NORM);
-    multiply(layer->matrices[BATON_QKV], step.normed_, batch.tokens, take_qkv);
-    meet(&BatonTimes::qkv);
+    multiply(layer->matrices[BATON_QKV], step.normed_, take_qkv);
+    meet_for_rows(&BatonTimes::qkv);
     share(batch.tokens, [&](int64_t token) { rotate_and_keep(token); });
     meet(&BatonTimes::rope);
     int64_t plane = Attention::plane_bytes(shape);
@@ -102,28 +109,32 @@ struct Step::Worker {
                         step.qkv_stride_, {take_attended, this});
     meet(&BatonTimes::attention);
     quantize(step.attended_, step.attended_floats_, step.queries_, &BatonTimes::attention);
-    multiply(layer->matrices[BATON_OUTPUT], step.attended_, batch.tokens, take_output);
-    meet(&BatonTimes::output);
+    multiply(layer->matrices[BATON_OUTPUT], step.attended_, take_output);
+    meet_for_rows(&BatonTimes::output);
   }
 
   void feed_forward() {
     norm(BATON_MLP_NORM);
-    multiply(layer->matrices[BATON_GATE_UP], step.normed_, batch.tokens, take_gate_up);
-    meet(&BatonTimes::gate_up);
+    multiply(layer->matrices[BATON_GATE_UP], step.normed_, take_gate_up);
+    meet_for_rows(&BatonTimes::gate_up);
     quantize(step.gated_, step.gated_floats_, shape.intermediate, &BatonTimes::gate_up);
-    multiply(layer->matrices[BATON_DOWN], step.gated_, batch.tokens, take_down);
-    meet(&BatonTimes::down);
+    multiply(layer->matrices[BATON_DOWN], step.gated_, take_down);
+    meet_for_rows(&BatonTimes::down);
   }
 
   void find_best() {
     std::fill(best, best + batch.rows, -1);
     std::fill(best_logits, best_logits + batch.rows, -INFINITY);
     if (batch.rows == 0) return;
+    if (own_rows) meet(&BatonTimes::norm);  // wanted rows are anyone's
     share(batch.rows, [&](int64_t i) {
       norm_row(residual(batch.logit_rows[i]), step.model_.final_norm.data(), step.wanted_, i);
     });
     meet(&BatonTimes::norm);
-    multiply(step.model_.head, step.wanted_, batch.rows, take_logits);
+    step.gemm_.begin();
+    baton::multiply(step.gemm_, step.model_.head.view(), step.wanted_.rows(batch.rows), step.team_,
+                    {take_logits, this});
+    step.gemm_.end();
     meet(&BatonTimes::head);
   }
 
@@ -147,12 +158,25 @@ struct Step::Worker {
     lap(&BatonTimes::sync);
   }
 
-  void multiply(const PackedMatrix& matrix, const RowBuffer& from, int count,
+  // Between phases that share tokens in the same way, products among them if each thread has its own.
+  void meet_for_rows(double BatonTimes::*part) { own_rows ? lap(part) : meet(part); }
+
+  // All tokens times a matrix of this layer.
+  void multiply(const PackedMatrix& matrix, const RowBuffer& from,
                 void (*take)(void*, const float*, int, int, int)) {
     Packed packed = matrix.view();
-    Rows x = from.rows(count);
+    Rows x = from.rows(batch.tokens);
     step.gemm_.begin();
-    baton::multiply(step.gemm_, packed, x, step.team_, {take, this});
+    if (own_rows) {
+      int64_t threads = step.team_.threads(), count = batch.tokens;
+      first_row = static_cast<int>(count * thread / threads);
+      x.data = from.row(first_row);
+      x.scales += first_row;
+      x.count = static_cast<int>(count * (thread + 1) / threads) - first_row;
+      step.gemm_.panels(packed, x, 0, packed.panels_count(), {take, this});
+    } else {
+      baton::multiply(step.gemm_, packed, x, step.team_, {take, this});
+    }
     step.gemm_.end();
   }
 
@@ -169,7 +193,7 @@ struct Step::Worker {
     share(batch.tokens, [&](int64_t token) {
       norm_row(residual(token), layer->vector(weight), step.normed_, token);
     });
-    meet(&BatonTimes::norm);
+    meet_for_rows(&BatonTimes::norm);
   }
 
   void norm_row(const float* from, const float* weight, const RowBuffer& to, int64_t index) {
@@ -184,7 +208,7 @@ struct Step::Worker {
       rows.narrow(from.as<float>() + token * width, static_cast<int>(width), BATON_INT8, to.row(token),
                   to.scales.as<float>() + token);
     });
-    meet(part);
+    meet_for_rows(part);
   }
 
   char* pool_plane(int64_t block, int which) {
@@ -229,6 +253,7 @@ struct Step::Worker {
 
   static void take_qkv(void* self, const float* tile, int first, int count, int panel) {
     Worker& worker = *static_cast<Worker*>(self);
+    first += worker.first_row;
     int64_t width = worker.step.queries_ + 2 * int64_t{worker.shape.kv_heads} * worker.shape.head_dim;
     int64_t column = int64_t{panel} * kPanel, stride = worker.step.qkv_stride_;
     const float* bias = worker.layer->vector(BATON_QKV_BIAS);
@@ -244,16 +269,19 @@ struct Step::Worker {
 
   static void take_output(void* self, const float* tile, int first, int count, int panel) {
     Worker& worker = *static_cast<Worker*>(self);
+    first += worker.first_row;
     worker.add_to_residual(tile, first, count, panel, worker.layer->vector(BATON_OUTPUT_BIAS));
   }
 
   static void take_down(void* self, const float* tile, int first, int count, int panel) {
     Worker& worker = *static_cast<Worker*>(self);
+    first += worker.first_row;
     worker.add_to_residual(tile, first, count, panel, worker.layer->vector(BATON_DOWN_BIAS));
   }
 
   static void take_gate_up(void* self, const float* tile, int first, int count, int panel) {
     Worker& worker = *static_cast<Worker*>(self);
+    first += worker.first_row;
     const BatonShape& shape = worker.shape;
     int64_t column = int64_t{panel} * (kPanel / 2);
     const float* bias = worker.layer->vector(BATON_GATE_UP_BIAS);
@@ -303,6 +331,8 @@ struct Step::Worker {
   double last = 0;
   const LayerWeights* layer = nullptr;
   int index = 0;  // of the layer
+  bool own_rows;
+  int first_row = 0;  // of the rows that this thread multiplies
   float* const row;  // of floats, before they are narrowed
   float* const best_logits;
   int64_t* const best;
