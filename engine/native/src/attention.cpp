@@ -14,24 +14,22 @@ int bytes_of(BatonFormat format) { return format == BATON_F32 ? 4 : format == BA
 
 int seen_from(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
 
-// Rows lie apart, where the processor does not foresee them: all are asked for at once. Prompts read
-// them again and again from the cache.
-void prefetch(const void* key, const void* value, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(key) + i);
-    __builtin_prefetch(static_cast<const char*>(value) + i);
-  }
+void hide(AttentionScratch& scratch, int position) {
+  scratch.key_rows[position] = scratch.value_rows[position] = scratch.zeros;
+  scratch.key_scales[position] = scratch.value_scales[position] = 0;
 }
 
 }  // namespace
 
-AttentionScratch::AttentionScratch(int max_rows, int head_dim) {
-  // Room for the widest that a kernel may want, on cache lines.
-  int64_t rows = up_to(max_rows, 16), depth = up_to(head_dim, 32);
+AttentionScratch::AttentionScratch(int max_rows, const DecodeShape& shape) {
+  int head_dim = shape.dim;
+  // Room for the widest that a kernel may want, on cache lines: it may write 16 rows from any row on.
+  int64_t rows = up_to(max_rows, 16) + 16, depth = up_to(head_dim, 32);
   int64_t row_floats = up_to(rows * 4, 64), mixed = rows * head_dim * 4;
   int64_t sizes[] = {rows * depth * 4,  kRun * depth * 4,     kRun * depth * 4, rows * kRun * 4,
                      rows * kRun * 2,   2 * row_floats + mixed, 2 * row_floats + mixed,
-                     depth * 4,         row_floats,           row_floats};
+                     shape.kv_heads * depth * 4, row_floats,    row_floats,
+                     shape.kv_heads * depth * 32, rows * 8};
   int64_t total_bytes = 0;
   for (int64_t size : sizes) total_bytes += up_to(size, 64);
   memory = Memory(static_cast<size_t>(total_bytes));
@@ -55,6 +53,8 @@ AttentionScratch::AttentionScratch(int max_rows, int head_dim) {
   zeros = take();
   from = reinterpret_cast<int*>(take());
   to = reinterpret_cast<int*>(take());
+  decode_queries = take();
+  query_rows = reinterpret_cast<const float**>(take());
 }
 
 const AttentionKernels& attention_kernels(BatonIsa isa, BatonFormat format) {
@@ -77,11 +77,16 @@ Attention::Attention(const BatonShape& shape, BatonIsa isa, int threads)
       group_(shape.heads / shape.kv_heads),
       tile_tokens_(std::max(1, kMostRows / group_)),
       block_shift_(__builtin_ctz(static_cast<unsigned>(shape.block_size))),
-      row_bytes_(int64_t{shape.head_dim} * bytes_of(static_cast<BatonFormat>(shape.kv))) {
+      row_bytes_(int64_t{shape.head_dim} * bytes_of(static_cast<BatonFormat>(shape.kv))),
+      decode_shape_{shape.kv_heads, group_, shape.head_dim, static_cast<BatonFormat>(shape.kv), row_bytes_,
+                    plane_bytes(shape)} {
   scales_at_ = int64_t{shape.block_size} * shape.kv_heads * row_bytes_;
   plane_bytes_ = plane_bytes(shape);
+  all_heads_ = kernels_->decode != nullptr && shape.head_dim % 32 == 0 && group_ <= 16 &&
+               shape.block_size % 16 == 0;
+  int rows = std::max(tile_tokens_ * group_, shape.heads);
   for (int i = 0; i < threads; i++)
-    scratch_.push_back(std::make_unique<AttentionScratch>(tile_tokens_ * group_, shape.head_dim));
+    scratch_.push_back(std::make_unique<AttentionScratch>(rows, decode_shape_));
 }
 
 int64_t Attention::plane_bytes(const BatonShape& shape) {
@@ -113,11 +118,16 @@ void Attention::fill(Plan& plan, const BatonBatch& batch) {
   plan.items.clear();
   plan.groups.clear();
   plan.partial_floats = 0;
-  int64_t tiles = 0;
-  for (int s = 0; s < batch.sequences; s++) tiles += (batch.lengths[s] + tile_tokens_ - 1) / tile_tokens_;
-  bool split = threads_ > 1 && tiles * shape_.kv_heads < int64_t{kItemsPerThread} * threads_;
+  int64_t work = 0;  // runs, times key heads
+  for (int s = 0; s < batch.sequences; s++)
+    for (int begin = 0, length = batch.lengths[s]; begin < length; begin += tile_tokens_) {
+      int position = batch.starts[s] + begin;
+      int last = batch.starts[s] + std::min(begin + tile_tokens_, length) - 1;
+      work += int64_t{shape_.kv_heads} * (last / kRun + 1 - seen_from(position, plan.window) / kRun);
+    }
+  int64_t most = threads_ > 1 ? std::max<int64_t>(1, work / (kItemsPerThread * threads_)) : work;
   for (int s = 0, first = 0; s < batch.sequences; first += batch.lengths[s], s++)
-    plan_chunk(plan, batch, s, first, split);
+    plan_chunk(plan, batch, s, first, static_cast<int>(most));
   if (plan.left_size < plan.groups.size()) {
     plan.left_size = 2 * plan.groups.size();
     plan.left = std::make_unique<std::atomic<int>[]>(plan.left_size);
@@ -127,64 +137,77 @@ void Attention::fill(Plan& plan, const BatonBatch& batch) {
     partials_.resize(static_cast<size_t>(2 * plan.partial_floats));
 }
 
-// The last tiles first: they see most.
-void Attention::plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, bool split) {
+// The last tiles first: they see most. A single token takes all key heads with it: then it reads whole
+// blocks, one after another.
+void Attention::plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, int most_work) {
   int length = batch.lengths[sequence];
   for (int tile = (length - 1) / tile_tokens_; tile >= 0; tile--) {
     int begin = tile * tile_tokens_, tokens = std::min(tile_tokens_, length - begin);
     int position = batch.starts[sequence] + begin;
     int first_run = seen_from(position, plan.window) / kRun, end_run = (position + tokens - 1) / kRun + 1;
-    Item item{sequence, 0, first + begin, tokens, position, first_run, end_run, -1};
-    bool shared = split && end_run - first_run > 1;
-    for (item.kv_head = 0; item.kv_head < shape_.kv_heads; item.kv_head++) {
-      if (!shared) {
-        plan.items.push_back(item);
-        continue;
-      }
-      Item run = item;
-      run.group = static_cast<int>(plan.groups.size());
-      plan.groups.push_back({end_run - first_run, plan.partial_floats});
-      for (run.begin = first_run; run.begin < end_run; run.begin++) {
-        run.end = run.begin + 1;
-        plan.items.push_back(run);
-      }
-      plan.partial_floats += (end_run - first_run) * partial_floats(tokens * group_);
-    }
+    Item item{sequence, 0, length == 1 ? shape_.kv_heads : 1, first + begin, tokens, position, first_run,
+              end_run,  -1};
+    int most_runs = std::max(1, most_work / item.kv_heads);
+    for (; item.kv_head < shape_.kv_heads; item.kv_head += item.kv_heads) plan_tile(plan, item, most_runs);
   }
 }
 
+// A tile in one item, or shared out in items of up to `most_runs`.
+void Attention::plan_tile(Plan& plan, Item item, int most_runs) {
+  int runs = item.end - item.begin, end = item.end;
+  if (runs <= most_runs) return plan.items.push_back(item);
+  item.group = static_cast<int>(plan.groups.size());
+  plan.groups.push_back({runs, plan.partial_floats});
+  plan.partial_floats += runs * partial_floats(rows_of(item));
+  for (; item.begin < end; item.begin = item.end) {
+    item.end = std::min(item.begin + most_runs, end);
+    plan.items.push_back(item);
+  }
+}
+
+// Every thread knows its next item before it is done with one, to ask for its memory.
 void Attention::run(Team& team, int thread, const BatonBatch& batch, int window, const LayerKv& kv,
                     const float* queries, int64_t stride, const Sink& sink) {
   Plan& plan = *find_plan(window);
   AttentionScratch& scratch = *scratch_[static_cast<size_t>(thread)];
   kernels_->begin();
   int count = static_cast<int>(plan.items.size());
-  for (int i; (i = team.next(count)) >= 0;) {
+  for (int i = team.next(count); i >= 0;) {
+    int next = team.next(count);
     const Item& item = plan.items[static_cast<size_t>(i)];
-    int rows = item.tokens * group_;
-    attend(plan, item, batch, kv, queries, stride, scratch);
+    const Item* following = next < 0 ? nullptr : &plan.items[static_cast<size_t>(next)];
+    attend(plan, item, following, batch, kv, queries, stride, scratch);
+    i = next;
     if (item.group >= 0 && !merge_group(plan, item, scratch)) continue;
-    kernels_->finish(scratch.total, rows, shape_.head_dim);
+    kernels_->finish(scratch.total, rows_of(item), shape_.head_dim);
+    int64_t taken = int64_t{group_} * shape_.head_dim;
+    const float* mixed = scratch.total.mixed;
     for (int t = 0; t < item.tokens; t++)
-      sink.take(sink.self, scratch.total.mixed + int64_t{t} * group_ * shape_.head_dim, item.first + t,
-                item.kv_head);
+      for (int head = 0; head < item.kv_heads; head++, mixed += taken)
+        sink.take(sink.self, mixed, item.first + t, item.kv_head + head);
   }
   kernels_->end();
 }
 
-void Attention::attend(const Plan& plan, const Item& item, const BatonBatch& batch, const LayerKv& kv,
-                       const float* queries, int64_t stride, AttentionScratch& scratch) {
-  int rows = item.tokens * group_, dim = shape_.head_dim;
-  const float* from[kMostRows];
-  for (int r = 0; r < rows; r++)
-    from[r] = queries + (item.first + r / group_) * stride +
-              int64_t{item.kv_head * group_ + r % group_} * dim;
-  kernels_->queries(from, rows, dim, scratch);
-  constexpr float kLog2E = 1.44269504088896341f;
+void Attention::attend(const Plan& plan, const Item& item, const Item* next, const BatonBatch& batch,
+                       const LayerKv& kv, const float* queries, int64_t stride, AttentionScratch& scratch) {
+  int rows = rows_of(item), dim = shape_.head_dim;
+  bool single = item.kv_heads == shape_.kv_heads && item.tokens == 1;
+  const float* first = queries + item.first * stride + int64_t{item.kv_head} * group_ * dim;
+  if (single && all_heads_) {
+    kernels_->decode_queries(first, decode_shape_, scratch);
+  } else {
+    for (int r = 0, each = item.kv_heads * group_; r < rows; r++)
+      scratch.query_rows[r] = first + r / each * stride + int64_t{r % each} * dim;
+    kernels_->queries(scratch.query_rows, rows, dim, scratch);
+  }
   kernels_->clear(scratch.total, rows, dim);
   for (int run = item.begin; run < item.end; run++) {
     gather(item, batch, kv, run, plan.window, scratch);
-    kernels_->attend(rows, dim, static_cast<BatonFormat>(shape_.kv), shape_.scale * kLog2E, scratch);
+    bool last = run + 1 == item.end;
+    look_ahead(last ? next : &item, batch, kv, last && next ? next->begin : run + 1, plan.window,
+               scratch.ahead);
+    attend_run(item, scratch);
     if (item.group < 0) {
       kernels_->merge(scratch.total, scratch.run, rows, dim);
       continue;
@@ -197,41 +220,96 @@ void Attention::attend(const Plan& plan, const Item& item, const BatonBatch& bat
   }
 }
 
-// Where the positions of a run lie. Those that no row sees are zeros: what the pool holds there may be
-// anything.
+// A run by all key heads of the item.
+void Attention::attend_run(const Item& item, AttentionScratch& scratch) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  float scale = shape_.scale * kLog2E;
+  if (item.tokens == 1 && item.kv_heads == shape_.kv_heads && all_heads_)
+    return kernels_->decode(decode_shape_, scale, scratch);
+  int rows = item.tokens * group_;
+  for (int head = 0; head < item.kv_heads; head++) {
+    if (head > 0) next_head(scratch);
+    kernels_->attend(head * rows, rows, shape_.head_dim, decode_shape_.format, scale, scratch);
+  }
+}
+
+// Where the positions of a run lie, for the item's first key head. Those that no row sees are zeros: what
+// the pool holds there may be anything.
 void Attention::gather(const Item& item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
                        AttentionScratch& scratch) const {
   int start = run * kRun, last = item.position + item.tokens - 1;
-  int begin = std::max(seen_from(item.position, window) - start, 0);
-  int end = std::min(kRun, last + 1 - start);
+  int begin = scratch.begin = std::max(seen_from(item.position, window) - start, 0);
+  int end = scratch.end = std::min(kRun, last + 1 - start);
   scratch.count = static_cast<int>(up_to(end, kStep));
   const int64_t* table = batch.tables + int64_t{item.sequence} * batch.width;
-  bool scaled = shape_.kv == BATON_INT8, single = item.tokens == 1;
-  for (int i = 0; i < scratch.count; i++) {
-    if (i < begin || i >= end) {
-      scratch.key_rows[i] = scratch.value_rows[i] = scratch.zeros;
-      scratch.key_scales[i] = scratch.value_scales[i] = 0;
-      continue;
-    }
+  bool scaled = shape_.kv == BATON_INT8;
+  int64_t position_bytes = shape_.kv_heads * row_bytes_;
+  for (int i = 0; i < begin; i++) hide(scratch, i);
+  for (int i = end; i < scratch.count; i++) hide(scratch, i);
+  for (int i = begin; i < end;) {
+    int at = (start + i) & (shape_.block_size - 1), count = std::min(shape_.block_size - at, end - i);
     const char* plane = kv.keys + table[(start + i) >> block_shift_] * kv.block_bytes;
-    int64_t row = int64_t{(start + i) & (shape_.block_size - 1)} * shape_.kv_heads + item.kv_head;
-    scratch.key_rows[i] = plane + row * row_bytes_;
-    scratch.value_rows[i] = plane + plane_bytes_ + row * row_bytes_;
-    if (single) prefetch(scratch.key_rows[i], scratch.value_rows[i], row_bytes_);
-    if (!scaled) continue;
-    std::memcpy(&scratch.key_scales[i], plane + scales_at_ + row * 4, 4);
-    std::memcpy(&scratch.value_scales[i], plane + plane_bytes_ + scales_at_ + row * 4, 4);
+    const char* row = plane + at * position_bytes + item.kv_head * row_bytes_;
+    const char* scales = plane + scales_at_ + (int64_t{at} * shape_.kv_heads + item.kv_head) * 4;
+    for (int j = 0; j < count; j++, i++, row += position_bytes, scales += 4 * shape_.kv_heads) {
+      scratch.key_rows[i] = row;
+      scratch.value_rows[i] = row + plane_bytes_;
+      if (!scaled) continue;
+      scratch.key_scale_rows[i] = scales;
+      std::memcpy(&scratch.key_scales[i], scales, 4);
+      std::memcpy(&scratch.value_scales[i], scales + plane_bytes_, 4);
+    }
   }
   for (int r = 0; r < item.tokens * group_; r++) {
     int position = item.position + r / group_;
-    scratch.from[r] = std::clamp(seen_from(position, window) - start, 0, scratch.count);
-    scratch.to[r] = std::clamp(position + 1 - start, 0, scratch.count);
+    int from = std::clamp(seen_from(position, window) - start, 0, scratch.count);
+    int to = std::clamp(position + 1 - start, 0, scratch.count);
+    for (int head = 0; head < item.kv_heads; head++) {
+      scratch.from[head * item.tokens * group_ + r] = from;
+      scratch.to[head * item.tokens * group_ + r] = to;
+    }
   }
+}
+
+void Attention::next_head(AttentionScratch& scratch) const {
+  for (int i = 0; i < scratch.count; i++) {
+    scratch.key_rows[i] += row_bytes_;
+    scratch.value_rows[i] += row_bytes_;
+  }
+  if (shape_.kv != BATON_INT8) return;
+  for (int i = scratch.begin; i < scratch.end; i++) {
+    scratch.key_scale_rows[i] += 4;
+    std::memcpy(&scratch.key_scales[i], scratch.key_scale_rows[i], 4);
+    std::memcpy(&scratch.value_scales[i], scratch.key_scale_rows[i] + plane_bytes_, 4);
+  }
+}
+
+// The memory of a run that comes next: keys first, as they are read. Only for single tokens, which read
+// it once; tiles of a prompt read it again and again from the cache.
+void Attention::look_ahead(const Item* item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
+                           Ahead& ahead) const {
+  ahead.next = ahead.count = 0;
+  if (item == nullptr || item->tokens > 1 || item->kv_heads < shape_.kv_heads) return;
+  int start = run * kRun, lines = 0;
+  int begin = std::max(seen_from(item->position, window), start);
+  int end = std::min(start + kRun, item->position + 1);
+  const int64_t* table = batch.tables + int64_t{item->sequence} * batch.width;
+  int64_t position_bytes = shape_.kv_heads * row_bytes_;
+  for (int which = 0; which < 2; which++)
+    for (int i = begin; i < end;) {
+      int at = i & (shape_.block_size - 1), count = std::min(shape_.block_size - at, end - i);
+      const char* plane = kv.keys + table[i >> block_shift_] * kv.block_bytes + which * plane_bytes_;
+      ahead.at[ahead.count] = plane + at * position_bytes;
+      ahead.lines[ahead.count] = static_cast<int>((count * position_bytes + 63) / 64);
+      lines += ahead.lines[ahead.count++];
+      i += count;
+    }
+  ahead.share = lines / (16 * shape_.kv_heads) + 1;
 }
 
 Partial Attention::partial_of(const Plan& plan, const Item& item, int run) {
   const Group& group = plan.groups[static_cast<size_t>(item.group)];
-  int rows = item.tokens * group_;
+  int rows = rows_of(item);
   int first = seen_from(item.position, plan.window) / kRun;
   float* at = partials_.data() + group.partial + (run - first) * partial_floats(rows);
   return {at, at + rows, at + 2 * rows};
@@ -241,9 +319,10 @@ Partial Attention::partial_of(const Plan& plan, const Item& item, int run) {
 bool Attention::merge_group(Plan& plan, const Item& item, AttentionScratch& scratch) {
   const Group& group = plan.groups[static_cast<size_t>(item.group)];
   std::atomic<int>& left = plan.left[static_cast<size_t>(item.group)];
-  if (left.fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
+  int done = item.end - item.begin;
+  if (left.fetch_sub(done, std::memory_order_acq_rel) > done) return false;
   left.store(group.runs, std::memory_order_relaxed);
-  int rows = item.tokens * group_;
+  int rows = rows_of(item);
   int first = seen_from(item.position, plan.window) / kRun;
   kernels_->clear(scratch.total, rows, shape_.head_dim);
   for (int i = 0; i < group.runs; i++)

@@ -47,7 +47,7 @@ class Attention {
 
  private:
   struct Item {
-    int sequence, kv_head;
+    int sequence, kv_head, kv_heads;  // key heads from kv_head on
     int first, tokens;  // rows of the flat batch
     int position;       // of the first of them
     int begin, end;     // runs
@@ -69,11 +69,17 @@ class Attention {
 
   Plan* find_plan(int window);
   void fill(Plan& plan, const BatonBatch& batch);
-  void plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, bool split);
-  void attend(const Plan& plan, const Item& item, const BatonBatch& batch, const LayerKv& kv,
-              const float* queries, int64_t stride, AttentionScratch& scratch);
+  void plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, int most_work);
+  void plan_tile(Plan& plan, Item item, int most_runs);
+  void attend(const Plan& plan, const Item& item, const Item* next, const BatonBatch& batch,
+              const LayerKv& kv, const float* queries, int64_t stride, AttentionScratch& scratch);
   void gather(const Item& item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
               AttentionScratch& scratch) const;
+  void attend_run(const Item& item, AttentionScratch& scratch);
+  void next_head(AttentionScratch& scratch) const;
+  void look_ahead(const Item* item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
+                  Ahead& ahead) const;
+  int rows_of(const Item& item) const { return item.tokens * item.kv_heads * group_; }
   Partial partial_of(const Plan& plan, const Item& item, int run);
   bool merge_group(Plan& plan, const Item& item, AttentionScratch& scratch);
   int64_t partial_floats(int rows) const { return rows * (int64_t{shape_.head_dim} + 2); }
@@ -82,6 +88,8 @@ class Attention {
   const AttentionKernels* kernels_;
   int threads_, group_, tile_tokens_, block_shift_;
   int64_t row_bytes_, plane_bytes_, scales_at_;
+  DecodeShape decode_shape_;
+  bool all_heads_;  // the kernels take all key heads of a single token at once
   std::vector<std::unique_ptr<AttentionScratch>> scratch_;
   std::vector<Plan> plans_;
   std::vector<float> partials_;

@@ -72,9 +72,12 @@ void products(int rows, const uint16_t* x, int64_t x_stride, const uint16_t* w, 
   }
 }
 
+#include "attention_decode_amx.inc"
+
 }  // namespace
 
-const AttentionKernels attention_amx = {queries, attend, merge, clear, finish, begin, end};
+const AttentionKernels attention_amx = {queries, attend, merge, clear, finish, begin, end,
+                                        decode_queries, decode};
 
 }  // namespace baton
 

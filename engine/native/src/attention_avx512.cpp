@@ -21,7 +21,8 @@ void nothing() {}
 
 }  // namespace
 
-const AttentionKernels attention_avx512 = {queries, attend, merge, clear, finish, nothing, nothing};
+const AttentionKernels attention_avx512 = {queries, attend, merge, clear, finish, nothing, nothing,
+                                         nullptr, nullptr};
 
 }  // namespace baton
 

@@ -19,8 +19,6 @@ namespace {
 
 #include "attention_bf16.inc"
 
-typedef int32_t Pair __attribute__((aligned(2), may_alias));
-
 template <int R, int B>
 INLINE void product(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_step,
                     int64_t w_block, int depth, float* y, int64_t y_stride) {
@@ -76,7 +74,8 @@ void nothing() {}
 
 }  // namespace
 
-const AttentionKernels attention_avx512_bf16 = {queries, attend, merge, clear, finish, nothing, nothing};
+const AttentionKernels attention_avx512_bf16 = {queries, attend, merge, clear, finish, nothing, nothing,
+                                         nullptr, nullptr};
 
 }  // namespace baton
 

@@ -16,6 +16,7 @@ void nothing() {}
 
 }  // namespace
 
-const AttentionKernels attention_portable = {queries, attend, merge, clear, finish, nothing, nothing};
+const AttentionKernels attention_portable = {queries, attend, merge, clear, finish, nothing, nothing,
+                                         nullptr, nullptr};
 
 }  // namespace baton

@@ -165,6 +165,43 @@ def test_prompts_and_single_tokens_over_pools_of_nan(
         library.functions.baton_model_free(layer.model)
 
 
+# Heads, key heads and head_dim: one bundle of AMX tiles; one of head_dim 128; several, the last one
+# short; groups of 7; a head_dim that does not fill four tiles of columns.
+SHAPES = [(9, 3, 64), (12, 12, 128), (20, 5, 64), (14, 2, 64), (8, 1, 96)]
+
+
+@pytest.mark.parametrize("kv", [Format.F32, Format.BF16, Format.INT8])
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_single_tokens_of_all_shapes_over_pools_of_nan(
+    library: Library,
+    team: TeamOf,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    window: int,
+    kv: Format,
+) -> None:
+    heads, kv_heads, dim = shape
+    sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "SCALE": dim**-0.5}
+    for name, size in (sizes | {"QUERIES": heads * dim, "KEYS": kv_heads * dim}).items():
+        monkeypatch.setitem(globals(), name, size)
+    ids = torch.randint(HIDDEN, (2, 302), generator=torch.Generator().manual_seed(4))
+    tables = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(5))[:40].view(2, 20)
+    for isa in (isa for isa in Isa if isa <= library.isa):
+        layer = make_layer(library, team(2), isa, kv, window)
+        layer.run(torch.cat((ids[0, :300], ids[1, :40])), [0, 0], [300, 40], tables)
+        found = [
+            layer.run(
+                torch.stack((ids[0, 300 + i], ids[1, 40 + i])), [300 + i, 40 + i], [1, 1], tables
+            )
+            for i in range(2)
+        ]
+        bound = {Format.F32: 1e-5, Format.BF16: 0.02, Format.INT8: 0.05}[kv]
+        for logits, tokens in zip(torch.stack(found, 1), (ids[0], ids[1, :42]), strict=True):
+            assert (logits - layer.expected(tokens, window)[-2:]).abs().max() < bound, isa
+        library.functions.baton_model_free(layer.model)
+
+
 @pytest.mark.parametrize("kv", [Format.F32, Format.BF16, Format.INT8])
 def test_the_pool_holds_keys_and_values_where_they_are_handed_over(
     library: Library, team: TeamOf, kv: Format
