@@ -94,7 +94,8 @@ void multiply(const GemmKernels& kernels, const Packed& w, const Rows& x, Team& 
   if (team.threads() == 1) return kernels.panels(w, x, 0, panels, sink);
   for (int index; (index = team.next(panels)) >= 0;) {
     Piece mine = piece(index, panels, team.threads());
-    if (mine.first < panels) kernels.panels(w, x, mine.first, mine.count, sink);
+    if (mine.first >= panels) return;  // there are fewer pieces than panels
+    kernels.panels(w, x, mine.first, mine.count, sink);
   }
 }
 

@@ -32,7 +32,7 @@ class Team {
   void meet();
 
   // Inside `run`: the next piece of `count` that nobody has taken since the last `meet`, or -1.
-  // Every thread must have drawn a -1 before the meeting.
+  // Before the meeting every piece must have been drawn.
   int next(int count);
 
  private:
