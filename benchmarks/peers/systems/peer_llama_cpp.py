@@ -32,7 +32,7 @@ class LlamaCpp:
         sizes.n_batch = sizes.n_ubatch = setup.max_tokens
         sizes.n_seq_max = setup.max_sequences
         sizes.n_threads = sizes.n_threads_batch = setup.threads
-        sizes.kv_unified = True
+        sizes.kv_unified = False  # else each token attends over everybody's context
         self._context = llama_cpp.llama_init_from_model(self._model, sizes)
         if not self._context:
             raise RuntimeError("no context could be made")
