@@ -1,7 +1,7 @@
 """Puts the tables and plots of saved results into docs/performance.md.
 
     python -m benchmarks.report --results docs/performance --page docs/performance.md \\
-        --plots docs/images
+        --plots docs/img
 
 RESULTS holds one folder or file per benchmark, as each wrote it with --out: engine*.json (`baton
 bench engine`: its results.json), host-work*.json, startup*.json, accuracy*.json, sampling*.json
