@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.peers.records import FLOOR, HIGHER_IS_BETTER, Case, Record, cases
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _UNITS = {"output_tokens_per_s": "output tokens/s", "ttft_s": "TTFT, ms", "tpot_s": "TPOT, ms"}
 _BATON, _OTHER, _FLOOR = "#1F77B4", "#BBBBBB", "#555555"
@@ -51,39 +55,54 @@ def markdown(records: Sequence[Record], reference: str, notes: Sequence[str]) ->
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """A panel per case with a bar per system. Needs matplotlib (the dependency group `bench`)."""
+    """A row of panels per model and precision, a panel per metric, a bar per system. Needs
+    matplotlib (the dependency group `bench`)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     found = cases(records)
+    setups = list(dict.fromkeys((case.shape, case.precision) for case in found))
+    shown = [metric for metric in _UNITS if any(case.metric == metric for case in found)]
     figure, axes = plt.subplots(
-        len(found), 1, squeeze=False, figsize=(7, 2.6 * len(found)), dpi=120
+        len(setups),
+        len(shown),
+        squeeze=False,
+        figsize=(4.2 * len(shown), 2.2 * len(setups)),
+        dpi=120,
     )
-    for axis, case in zip(axes.flat, found, strict=True):
-        medians = case.medians(records)
-        names = sorted(medians, key=lambda name: medians[name])
-        if case.metric not in HIGHER_IS_BETTER:
-            names.reverse()
-        values = [medians[name] for name in names]
-        axis.barh(names, values, color=[_color(name) for name in names], height=0.68)
-        for place, value in enumerate(values):
-            axis.annotate(
-                _value(case, value),
-                (value, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axis.set_title(f"{title(case)}: {_UNITS[case.metric]}", loc="left", fontsize=9)
-        axis.set_xticks([])
-        axis.margins(x=0.14)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for case in found:
+        place = setups.index((case.shape, case.precision)), shown.index(case.metric)
+        _panel(axes[place], case, case.medians(records))
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _panel(axis: Axes, case: Case, medians: dict[str, float]) -> None:
+    names = sorted(
+        medians, key=lambda name: medians[name], reverse=case.metric not in HIGHER_IS_BETTER
+    )
+    values = [medians[name] for name in names]
+    axis.set_axis_on()
+    axis.barh(names, values, color=[_color(name) for name in names], height=0.68)
+    for place, value in enumerate(values):
+        axis.annotate(
+            _value(case, value),
+            (value, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axis.set_title(f"{title(case)}: {_UNITS[case.metric]}", loc="left", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.set_xticks([])
+    axis.margins(x=0.18)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def _color(name: str) -> str:
