@@ -25,14 +25,9 @@ void panels_of(const Packed& w, const Rows& x, int first, int count, const Sink&
 }
 
 template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8>
-void panel_of(const Packed& w, const Rows& x, int panel, const Sink& sink) {
-  panels_of<f32, bf16, int8>(w, x, panel, 1, sink);
-}
-
-template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8>
 constexpr GemmKernels kernels_of(BatonFormat (*rows_format)(BatonFormat), void (*begin)() = nothing,
                                  void (*end)() = nothing) {
-  return {rows_format, panel_of<f32, bf16, int8>, panels_of<f32, bf16, int8>, begin, end};
+  return {rows_format, panels_of<f32, bf16, int8>, begin, end};
 }
 
 constexpr GemmKernels kPortable = kernels_of<f32_portable, bf16_portable, int8_portable>(widened);

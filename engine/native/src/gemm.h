@@ -51,12 +51,9 @@ struct Sink {
 struct GemmKernels {
   // What `x` must be for these weights.
   BatonFormat (*rows_format)(BatonFormat weights);
-  // All rows of one panel.
-  void (*panel)(const Packed& w, const Rows& x, int panel, const Sink& sink);
-  // All rows of `count` panels from panel `first` on: the same, and faster where x is larger than
-  // a cache.
+  // All rows of `count` panels from panel `first` on.
   void (*panels)(const Packed& w, const Rows& x, int first, int count, const Sink& sink);
-  // Once per thread before its first `panel`, and after its last (AMX: tile configuration).
+  // Once per thread before its first `panels`, and after its last (AMX: tile configuration).
   void (*begin)();
   void (*end)();
 };
