@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.bench.backends import backend_of, load, weights_of
-from engine.bench.models import SHAPES, random_llama
+from engine.bench.models import SHAPES, given_or_random
 from engine.bench.records import Record, Setup, plain, save
 from engine.bench.tables import Table
 from engine.model import runner
@@ -150,11 +149,7 @@ class Clocks:
 @click.option("--out", type=click.Path(path_type=Path), help="folder for host-work.json")
 def main(**options: Any) -> None:
     """Time the parts of a decode worker's step."""
-    with tempfile.TemporaryDirectory() as directory:
-        path, name = options["model"], options["model"] and options["model"].name
-        if path is None:
-            path, name = Path(directory), f"random {options['shape']}"
-            random_llama(path, options["shape"])
+    with given_or_random(options["model"], options["shape"]) as (path, name):
         records = asyncio.run(measure(path, name, options))
     Console(width=110).print(table(records).rich())
     if options["out"] is not None:

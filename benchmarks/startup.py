@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from rich.console import Console
 
 from baton import cores
 from benchmarks.decode_client import take
-from engine.bench.models import SHAPES, random_llama
+from engine.bench.models import SHAPES, given_or_random
 from engine.bench.records import Record, Setup, plain, save
 from engine.bench.tables import Table
 from launcher.health import until_serving
@@ -67,11 +66,7 @@ UNREPORTED = ["--report-interval=60", "--worker-ttl=300"]
 @click.option("--out", type=click.Path(path_type=Path), help="folder for startup.json")
 def main(**options: Any) -> None:
     """Start decode workers, and say how long it took and what they hold."""
-    with tempfile.TemporaryDirectory() as directory:
-        path, name = options["model"], options["model"] and options["model"].name
-        if path is None:
-            path, name = Path(directory), f"random {options['shape']}"
-            random_llama(path, options["shape"])
+    with given_or_random(options["model"], options["shape"]) as (path, name):
         rounds = []
         for _ in range(options["rounds"]):
             rounds.append(phases(path, options) | asyncio.run(start(path, options)))

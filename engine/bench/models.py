@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,15 @@ def random_llama(path: Path, shape: str = "135m") -> None:
     model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(path)
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
+
+
+@contextmanager
+def given_or_random(path: Path | None, shape: str) -> Iterator[tuple[Path, str]]:
+    """A model directory and its name: `path`, or a random Llama of `shape`, which is gone
+    afterwards."""
+    if path is not None:
+        yield path, path.name
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        random_llama(Path(directory), shape)
+        yield Path(directory), f"random {shape}"
