@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table as RichTable
 
 from baton.errors import ConfigError
-from experiments import plots
+from baton.plots import pyplot
 from experiments.experiment import Bar, Experiment, Run, Table
 from experiments.records import ENGINES, Results
 from experiments.registry import chosen
@@ -70,7 +70,7 @@ def run(options: Options, console: Console | None = None) -> Results:
     if options.engine not in ("real", "simulator", "both"):
         raise ConfigError(f"--engine {options.engine}: real, simulator or both")
     if options.plots:
-        plots.require_matplotlib()
+        pyplot()  # before anything runs
     if console is None:
         console = Console(stderr=True)
         if not console.is_terminal:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from baton.errors import ConfigError
+from baton.plots import pyplot
 from experiments.records import Record, Results
 
 if TYPE_CHECKING:
@@ -69,24 +69,9 @@ def color(policy: str) -> str:
     return _PALETTE[sum(map(ord, policy)) % len(_PALETTE)]
 
 
-def require_matplotlib() -> None:
-    """Raise ConfigError, with what to do about it, if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            'plots need matplotlib, which is not installed: pip install "baton-serve[bench]", '
-            "or leave them out with --no-plots"
-        ) from error
-    matplotlib.use("Agg")
-
-
 def figure(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.4) -> Any:
     """A figure and its axes, as `plt.subplots(rows, columns, squeeze=False)` gives them."""
-    require_matplotlib()
-    import matplotlib.pyplot as plt
-
-    made, axes = plt.subplots(
+    made, axes = pyplot().subplots(
         rows, columns, squeeze=False, figsize=(width * columns, height * rows), dpi=120
     )
     for each in axes.flat:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baton.plots import pyplot
 from benchmarks.peers.records import FLOOR, HIGHER_IS_BETTER, Case, Record, cases
 
 if TYPE_CHECKING:
@@ -57,11 +58,7 @@ def markdown(records: Sequence[Record], reference: str, notes: Sequence[str]) ->
 def draw(records: Sequence[Record], path: Path) -> None:
     """A row of panels per model and precision, a panel per metric, a bar per system. Needs
     matplotlib (the dependency group `bench`)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     found = cases(records)
     setups = list(dict.fromkeys((case.shape, case.precision) for case in found))
     shown = [metric for metric in _UNITS if any(case.metric == metric for case in found)]

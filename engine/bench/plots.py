@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from baton.errors import ConfigError
+from baton.plots import pyplot
 from engine.bench.records import Point, Record, Setup, points
 
 _CONTEXT = 128
@@ -24,18 +24,8 @@ def draw(records: list[Record], folder: Path) -> list[Path]:
     return [_times(found, folder / "engine-batch.png"), _shares(found, folder / "engine-share.png")]
 
 
-def _figure(columns: int, rows: int) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError(
-            'plots need matplotlib, which is not installed: pip install "baton-serve[bench]", '
-            "or leave them out with --no-plots"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(
+def _figure(columns: int, rows: int) -> Any:
+    return pyplot().subplots(
         rows, columns, figsize=(4.8 * columns, 3.8 * rows), squeeze=False, layout="constrained"
     )
 
