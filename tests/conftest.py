@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from queueing.embedded import EmbeddedRedis
 from tests.cluster import cluster
 
 __all__ = ["cluster"]
+
+if not torch.cuda.is_available():  # Triton reads it when it is imported, which is later
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
