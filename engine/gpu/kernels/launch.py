@@ -16,6 +16,9 @@ import triton
 
 from baton.errors import ConfigError
 
+# Products and sums may be fused, as by every compiler of CUDA. Triton 3.9 wants to be told.
+triton.knobs.language.default_fp_fusion = True
+
 _TUNED = Path(__file__).parent.parent / "tuned"
 
 

@@ -95,7 +95,7 @@ class Compiler:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name if __spec__ else __name__],
             cwd=_ROOT,
-            env=environment | {"TRITON_INTERPRET": "0"},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -120,6 +120,12 @@ class Compiler:
         self._process.communicate()
 
 
+def _launch(module: str, name: str) -> None:
+    tables = importlib.import_module(f"tests.engine.gpu.launches.{module}")
+    launches = tables.LAUNCHES | getattr(tables, "SINCE_SM90", {})
+    launches[name]()
+
+
 def _serve() -> None:
     gpu = AbsentGpu()
     driver.set_active(gpu)
@@ -130,7 +136,7 @@ def _serve() -> None:
             gpu.arch, gpu.launched = int(arch), []
             answer: Any
             try:
-                importlib.import_module(f"tests.engine.gpu.launches.{module}").LAUNCHES[name]()
+                _launch(module, name)
                 answer = gpu.launched
             except Exception:
                 answer = traceback.format_exc()

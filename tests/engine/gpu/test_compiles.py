@@ -2,7 +2,9 @@
 
 What is launched is in launches/, a file per subject: `LAUNCHES` maps a name to a call of a kernel's
 function at the shapes of real models. A launch belongs there for each kernel and for each of its
-variants that could fail on its own (formats, head sizes, optional parts).
+variants that could fail on its own (formats, head sizes, optional parts); what older GPUs than
+Hopper cannot do, such as float8, belongs in `SINCE_SM90`, and what does nothing but move memory
+also in `WIDE`.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ def compiler() -> Iterator[Compiler]:
     compiler.close()
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("module", "name"), _cases("LAUNCHES"))
+@pytest.mark.parametrize(
+    ("arch", "module", "name"),
+    [
+        pytest.param(arch, *case.values, id=f"sm{arch}-{case.id}")
+        for arch, table in ((80, "LAUNCHES"), (90, "LAUNCHES"), (90, "SINCE_SM90"))
+        for case in _cases(table)
+    ],
+)
 def test_a_launch_compiles_and_spills_nothing(
-    compiler: Compiler, module: str, name: str, arch: int
+    compiler: Compiler, arch: int, module: str, name: str
 ) -> None:
     kernels = compiler.launched(arch, module, name)
     assert kernels, "nothing was launched"
