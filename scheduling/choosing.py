@@ -109,6 +109,8 @@ class Chooser:
                 and len(sequence.tokens) <= len(sequence.blocks) * size
             ) or self.grow(sequence):
                 ready.append(sequence)
+        if self._rules.ahead:
+            self._kv.reach(ready)
         return ready
 
     def grow(self, sequence: Sequence) -> bool:

@@ -45,6 +45,7 @@ class Residency:
 
     def __init__(self, capacity: Capacity, rules: Rules, siblings: Siblings) -> None:
         self._capacity = capacity
+        self._ahead = int(rules.ahead)
         self.blocks = BlockAllocator(capacity.blocks)
         self.reservations = Reservations(capacity, rules.admission)
         self.swaps = SwapBook(capacity, self.blocks)
@@ -260,6 +261,19 @@ class Residency:
             self.reservations.enlarge(sequence, max(0, room))
         return True
 
+    def reach(self, sequences: Iterable[Sequence]) -> None:
+        """Give those of the running sequences whose newest token fills their last block another one
+        for the token after it, while there are more free blocks than sequences."""
+        size = self._capacity.block_size
+        for sequence in sequences:
+            if (
+                len(sequence.tokens) == len(sequence.blocks) * size
+                and sequence.request.stopping.max_tokens - sequence.generated > 1
+                and self.reservations.free_for(sequence, self.blocks.free) > len(self.running)
+            ):
+                sequence.blocks += self.blocks.allocate(1)
+                self.reservations.note(sequence)
+
     def grow_by(self, sequence: Sequence, tokens: int) -> None:
         """Give a running sequence all the blocks that it needs to get `tokens` more tokens. There
         must be room, also in its allotment."""
@@ -313,8 +327,9 @@ class Residency:
     def _check_places(self) -> None:
         for sequence in self.running:
             held, tokens = len(sequence.blocks), len(sequence.tokens)
-            # A generating sequence may still lack the block for its newest token.
-            if held not in {self._capacity.blocks_for(t) for t in (tokens, tokens - 1)}:
+            # A generating sequence may still lack the block for its newest token, or have the one
+            # for the next.
+            if held not in {self._capacity.blocks_for(tokens + t) for t in (-1, 0, self._ahead)}:
                 raise RuntimeError(f"sequence {sequence.id}: {held} blocks for {tokens} tokens")
             if sequence.phase is not Phase.RUNNING or not 0 <= sequence.computed < tokens:
                 raise RuntimeError(f"sequence {sequence.id} does not belong in the batch")

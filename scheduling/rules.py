@@ -29,6 +29,9 @@ class Rules:
 
     `swapping`: "proactive": ahead of need, beside the passes, keeping `swap_reserve` of the blocks
     free for bursts (FastServe); "reactive": when needed, and the pass waits for it.
+
+    `ahead`: sequences have the block for the token after the newest one, too, if there are plenty,
+    for an executor that begins a pass before it is planned.
     """
 
     admission: Literal["paged", "reserve-predicted", "reserve-sum", "reserve-max"] = "paged"
@@ -38,6 +41,7 @@ class Rules:
     preemption: Literal["recompute", "swap", "auto"] = "recompute"
     swapping: Literal["proactive", "reactive"] = "proactive"
     swap_reserve: float = 0.05
+    ahead: bool = False
 
     def reserve(self, capacity: Capacity) -> int:
         """Blocks that proactive swapping keeps free."""
@@ -52,4 +56,5 @@ class Rules:
             preemption=config.preemption,
             swapping=config.swapping,
             swap_reserve=config.swap_reserve,
+            ahead=config.device != "cpu",
         )

@@ -108,7 +108,7 @@ class TorchExecutor:
             output = self.model.forward(batch, self.pool)
             sampled = _sample(plan.chunks, rows, output, self._choice)
             prompt = tuple(
-                _prompt_logprobs(chunk, wanted, output.logits)
+                prompt_logprobs_of(chunk, wanted, output.logits)
                 for chunk, wanted in zip(plan.chunks, rows, strict=True)
             )
         return sampled, prompt
@@ -119,10 +119,10 @@ class TorchExecutor:
         anything is served."""
         size, capacity = self.pool.block_size, self._capacity
         tokens = min(capacity.max_tokens, capacity.max_context, self.pool.blocks * size)
-        prompt = _scratch(0, tokens, list(range(capacity.blocks_for(tokens))))
+        prompt = scratch(0, tokens, list(range(capacity.blocks_for(tokens))))
         self.execute(StepPlan((Chunk(prompt, 0, tokens, sample=True),)))
         count = min(capacity.max_sequences, capacity.max_tokens, self.pool.blocks)
-        singles = [_scratch(index, 1, [index]) for index in range(count)]
+        singles = [scratch(index, 1, [index]) for index in range(count)]
         self.execute(StepPlan(tuple(Chunk(single, 0, 1, sample=True) for single in singles)))
         self.pool.clear(range(max(len(prompt.blocks), count)))
 
@@ -160,7 +160,7 @@ def _draw(
     return sampler.sample(logits, sequences, choice)
 
 
-def _prompt_logprobs(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Logprob, ...]:
+def prompt_logprobs_of(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Logprob, ...]:
     """Logprobs of the prompt tokens that the chunk's rows predict, if they are asked for."""
     alternatives = chunk.sequence.request.prompt_logprobs
     if alternatives is None or not rows.prompt:
@@ -172,8 +172,8 @@ def _prompt_logprobs(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Log
     )
 
 
-def _scratch(index: int, tokens: int, blocks: list[int]) -> Sequence:
-    """A sequence that nobody asked for."""
+def scratch(index: int, tokens: int, blocks: list[int]) -> Sequence:
+    """A sequence that nobody asked for, to warm up with."""
     request = Request(f"warm-up-{index}", (0,) * tokens, Sampling(), Stopping(max_tokens=1))
     sequence = Sequence.start(request, 0, now=0.0)
     sequence.blocks = blocks

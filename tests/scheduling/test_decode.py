@@ -16,6 +16,7 @@ from scheduling.cost import CostTracker, LinearCost
 from scheduling.events import LocalPrefill, PromptLogprobs
 from scheduling.mlfq import Mlfq
 from scheduling.plan import Capacity
+from scheduling.rules import Rules
 from scheduling.sequence import Phase
 from tests.scheduling.worker import TOKEN_OF, Worker
 
@@ -74,6 +75,21 @@ def test_without_a_free_block_the_worst_ranked_is_recomputed_later(make_request)
     assert (first.preemptions, second.preemptions) == (0, 1)
     assert worker.tokens[("a", 0)] == expected_tokens(a, 0, TOKEN_OF)
     assert worker.tokens[("b", 0)] == expected_tokens(b, 0, TOKEN_OF)
+
+
+def test_ahead_of_its_plan_a_sequence_has_the_block_for_the_token_after_the_newest(
+    make_request,
+) -> None:
+    capacity = Capacity(blocks=6, block_size=2, max_tokens=32, max_sequences=8, max_context=12)
+    worker = Worker(capacity, rules=Rules(ahead=True))
+    (sequence,) = worker.submit(make_request("a", prompt=3, most=4))
+    held = []
+    while not sequence.finish:
+        plan = worker.scheduler.plan(worker.now)
+        held.append((len(sequence.tokens), len(sequence.blocks)))
+        worker.take(worker.scheduler.apply(plan, worker.executor.execute(plan), worker.now))
+    # With 4 tokens in 2 blocks it gets a third one; with 6 it does not: only one more can come.
+    assert held == [(3, 2), (4, 3), (5, 3), (6, 3)]
 
 
 def test_a_sequence_that_nobody_gives_a_block_to_leaves_its_token_to_a_prompt(

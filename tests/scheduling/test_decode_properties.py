@@ -67,6 +67,7 @@ def rules(draw: st.DrawFn) -> Rules:
         preemption=draw(st.sampled_from(["recompute", "swap", "swap", "auto"])),
         swapping=draw(st.sampled_from(["proactive", "reactive"])),
         swap_reserve=draw(st.sampled_from([0.0, 0.05, 0.3])),
+        ahead=draw(st.booleans()),
     )
 
 

@@ -8,6 +8,7 @@ from scheduling.cost import LinearCost
 from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
+from scheduling.rules import Rules
 
 TOKEN_OF = checksum_token(1000)
 
@@ -15,9 +16,14 @@ TOKEN_OF = checksum_token(1000)
 class Worker:
     """A scheduler with an executor, stepped by hand on a clock of its own."""
 
-    def __init__(self, capacity: Capacity, policy="fcfs", max_waiting=100, **options) -> None:
+    def __init__(
+        self, capacity: Capacity, policy="fcfs", max_waiting=100, rules=None, **options
+    ) -> None:
         self.scheduler = DecodeScheduler(
-            capacity, make_policy(policy, **options), max_waiting=max_waiting
+            capacity,
+            make_policy(policy, **options),
+            max_waiting=max_waiting,
+            rules=rules or Rules(),
         )
         self.executor = CostModelExecutor(capacity, LinearCost(1.0, 0.0, 0.0), TOKEN_OF)
         self.now = 0.0
