@@ -193,7 +193,15 @@ class WorkerConfig(SchedulingConfig):
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; by kv_memory if 0")
-    kv_memory: Positive = Field(512 * 2**20, description="bytes of KV cache if kv_blocks is 0")
+    kv_memory: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="bytes of KV cache if kv_blocks is 0; if this is 0 too, 512 MiB on a CPU, and "
+        "on a GPU what it has free when the worker is warm",
+    )
+    device_memory: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9,
+        description="share of a GPU's memory that may be taken, by weights, passes, KV and others",
+    )
     max_batch_tokens: Positive = Field(512, description="token budget of one pass")
     max_batch_sequences: Positive = Field(64, description="sequences in one pass")
     max_context: Annotated[int, Field(ge=0)] = Field(

@@ -13,6 +13,7 @@ from baton.internal.v1 import worker_pb2_grpc
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
+from engine.host_blocks import filling, to_fill
 from engine.model.load import executor_from
 from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
@@ -47,15 +48,14 @@ class DecodeServer:
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         cost = CostTracker()
         self._dialer = _dialer(config, layout)
-        self._consumer = PullConsumer(
-            executor.pool, layout, self._dialer, timeout=config.kv_timeout
-        )
+        store = to_fill(executor.pool)
+        self._consumer = PullConsumer(store, layout, self._dialer, timeout=config.kv_timeout)
         self._executor = executor
         self._recorder = recorder_from(config, "decode", capacity, cost.model)
         self.worker = DecodeWorker(
             executor,
             _scheduler(config, capacity, cost, self._recorder),
-            self._consumer,
+            filling(self._consumer, store),
             DecodeMetrics(executor.pool.block_bytes, registry),
             reserve_timeout=config.reserve_timeout,
         )

@@ -8,9 +8,9 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import telemetry
 from baton.config import PrefillConfig, require_loopback, require_reachable
-from baton.errors import ConfigError
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.rpc import Server
+from engine.host_blocks import to_publish
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
 from engine.recording import RecordedPrefillScheduler, RunRecorder, recorder_from
@@ -45,10 +45,11 @@ class PrefillServer:
         address = require_reachable(
             config.advertise_address or server.address, "--advertise-address"
         )
-        executor = executor_from(config, buffer=self._share)
+        executor = executor_from(config, buffer=self._share if config.device == "cpu" else None)
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        runs, store = to_publish(executor, self._share)
         self._producer = LeaseProducer(
-            executor.pool,
+            store,
             layout,
             control_address=address,
             on_freed=lambda lease_id: self.worker.on_freed(lease_id),
@@ -61,7 +62,7 @@ class PrefillServer:
         self._recorder = recorder_from(config, "prefill", capacity, cost.model)
         scheduler = _scheduler(config, capacity, cost, self._recorder)
         metrics = EngineMetrics("prefill", registry)
-        self.worker = PrefillWorker(executor, scheduler, self._producer, metrics)
+        self.worker = PrefillWorker(runs, scheduler, self._producer, metrics)
         service, kv_service = PrefillService(self.worker), KvServicer(self._producer)
         worker_pb2_grpc.add_PrefillServiceServicer_to_server(service, server.grpc)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, server.grpc)
@@ -111,11 +112,6 @@ def _check(config: PrefillConfig) -> None:
     for address in (config.address, config.kv_address):
         require_loopback(address, insecure_network=config.insecure_network)
     require_reachable(config.kv_address, "--kv-address")
-    if config.device != "cpu":
-        raise ConfigError(
-            f"--device {config.device}: KV is handed over from host memory only; a decode "
-            "worker without prefill workers can run there"
-        )
 
 
 def _scheduler(

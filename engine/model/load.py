@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from scheduling.plan import Capacity
 
 _logger = logging.getLogger(__name__)
 
+_KV_MEMORY = 512 * 2**20  # on a CPU, and where nothing was measured
+
 
 def load_executor(
     path: Path,
@@ -31,7 +34,8 @@ def load_executor(
     device: str = "cpu",
     block_size: int = 16,
     kv_blocks: int = 0,
-    kv_memory: int = 512 * 2**20,
+    kv_memory: int = 0,
+    device_memory: float = 0.9,
     host_kv_memory: int = 0,
     swap_bandwidth: float = 0.0,
     max_batch_tokens: int = 512,
@@ -42,12 +46,14 @@ def load_executor(
     kv_dtype: str = "auto",
     instruction_set: str = "auto",
     threads: int = 0,
+    ahead: bool = True,
     buffer: Callable[[int], memoryview] | None = None,
 ) -> TorchExecutor:
-    """Load a model and allocate its KV cache. Parameters as in WorkerConfig.
+    """Load a model and allocate its KV cache. Parameters as in WorkerConfig; `ahead`: on a GPU,
+    passes may begin before they are planned.
 
     `buffer(bytes)` provides the memory of the KV pool, writable and zeroed; torch allocates it if
-    None. With `kv_blocks` 0 the pool takes `kv_memory` bytes, but never more than
+    None. With `kv_blocks` 0 the pool takes `kv_memory` bytes, or what fits, but never more than
     `max_batch_sequences` sequences of `max_context` tokens can fill.
 
     Raises ModelError if the directory cannot be served, ConfigError if the parameters make no
@@ -69,27 +75,75 @@ def load_executor(
     built = build_model(read_config(path), options)
     geometry = _geometry(path, built, options)
     context = _context(built.model, max_context)
-    blocks = kv_blocks or _blocks(geometry, kv_memory, max_batch_sequences, context)
-    memory = buffer(blocks * geometry.block_bytes) if buffer is not None else None
-    pool = KvPool(geometry, blocks, device=device, buffer=memory)
     capacity = Capacity(
-        blocks=blocks,
+        blocks=kv_blocks,
         block_size=block_size,
         max_tokens=max_batch_tokens,
         max_sequences=max_batch_sequences,
         max_context=context,
         host_blocks=host_kv_memory // geometry.block_bytes,
     )
-    limits = Threads(built.torch_threads)
+
+    def run(capacity: Capacity) -> TorchExecutor:
+        memory = buffer(capacity.blocks * geometry.block_bytes) if buffer is not None else None
+        pool = KvPool(geometry, capacity.blocks, device=device, buffer=memory)
+        return _executor(built, pool, capacity, swap_bandwidth, ahead=ahead)
+
+    if not kv_blocks:
+        if not kv_memory:
+            kv_memory = _KV_MEMORY
+            if built.fused and torch.device(device).type == "cuda":
+                kv_memory = _free_memory(run, capacity, torch.device(device), device_memory)
+        blocks = _blocks(geometry, kv_memory, max_batch_sequences, context)
+        capacity = replace(capacity, blocks=blocks)
+    return run(capacity)
+
+
+def _executor(
+    built: Built, pool: KvPool, capacity: Capacity, swap_bandwidth: float, *, ahead: bool
+) -> TorchExecutor:
+    if built.fused:
+        from engine.gpu.executor import GpuExecutor
+        from engine.gpu.model import GpuLlama
+
+        assert isinstance(built.model, GpuLlama)
+        return GpuExecutor(
+            built.model,
+            pool,
+            capacity,
+            weight_dtype=built.weight_dtype,
+            swap_bandwidth=swap_bandwidth,
+            ahead=ahead,
+        )
     return TorchExecutor(
         built.model,
         pool,
         capacity,
-        limits,
+        Threads(built.torch_threads),
         weight_dtype=built.weight_dtype,
         choice=built.choice,
         swap_bandwidth=swap_bandwidth,
     )
+
+
+def _free_memory(
+    run: Callable[[Capacity], TorchExecutor],
+    capacity: Capacity,
+    device: torch.device,
+    share: float,
+) -> int:
+    """Bytes of a GPU that are left for KV, by a trial with a pool for one full pass."""
+    from engine.gpu.memory import room_for_kv
+
+    least = max(capacity.blocks_for(capacity.max_tokens), capacity.max_sequences)
+
+    def trial() -> int:
+        executor = run(replace(capacity, blocks=least, host_blocks=0))
+        executor.warm_up()
+        executor.close()
+        return executor.pool.blocks * executor.pool.block_bytes
+
+    return room_for_kv(trial, device, share)
 
 
 def executor_from(
@@ -106,6 +160,7 @@ def executor_from(
         block_size=config.block_size,
         kv_blocks=config.kv_blocks,
         kv_memory=config.kv_memory,
+        device_memory=config.device_memory,
         host_kv_memory=decode.host_kv_memory if decode else 0,
         swap_bandwidth=decode.swap_bandwidth if decode else 0.0,
         max_batch_tokens=config.max_batch_tokens,
@@ -116,6 +171,7 @@ def executor_from(
         kv_dtype=config.kv_dtype,
         instruction_set=config.instruction_set,
         threads=config.threads,
+        ahead=decode is not None,
         buffer=buffer,
     )
     loaded = time.perf_counter()

@@ -119,10 +119,10 @@ class TorchExecutor:
         anything is served."""
         size, capacity = self.pool.block_size, self._capacity
         tokens = min(capacity.max_tokens, capacity.max_context, self.pool.blocks * size)
-        prompt = scratch(0, tokens, list(range(capacity.blocks_for(tokens))))
+        prompt = _scratch(0, tokens, list(range(capacity.blocks_for(tokens))))
         self.execute(StepPlan((Chunk(prompt, 0, tokens, sample=True),)))
         count = min(capacity.max_sequences, capacity.max_tokens, self.pool.blocks)
-        singles = [scratch(index, 1, [index]) for index in range(count)]
+        singles = [_scratch(index, 1, [index]) for index in range(count)]
         self.execute(StepPlan(tuple(Chunk(single, 0, 1, sample=True) for single in singles)))
         self.pool.clear(range(max(len(prompt.blocks), count)))
 
@@ -172,8 +172,8 @@ def prompt_logprobs_of(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[L
     )
 
 
-def scratch(index: int, tokens: int, blocks: list[int]) -> Sequence:
-    """A sequence that nobody asked for, to warm up with."""
+def _scratch(index: int, tokens: int, blocks: list[int]) -> Sequence:
+    """A sequence that nobody asked for."""
     request = Request(f"warm-up-{index}", (0,) * tokens, Sampling(), Stopping(max_tokens=1))
     sequence = Sequence.start(request, 0, now=0.0)
     sequence.blocks = blocks

@@ -40,6 +40,7 @@ class Built:
     kv_dtype: torch.dtype
     torch_threads: int  # that a pass may use; 0 for torch's own choice
     choice: Choice = choose  # of tokens, given the model's logits
+    fused: bool = False  # the model is an engine.gpu.model.GpuLlama
 
 
 def build_model(config: ModelConfig, options: ModelOptions) -> Built:
@@ -50,7 +51,36 @@ def build_model(config: ModelConfig, options: ModelOptions) -> Built:
     library = select_library(config, options)
     if library is not None:
         return _build_compiled(config, options, library)
+    if _fuses(config, options):
+        return _build_fused(config, options)
     return _build_torch(config, options)
+
+
+def _fuses(config: ModelConfig, options: ModelOptions) -> bool:
+    """Whether Triton kernels run the whole pass. Raises ConfigError where they are asked for by
+    name and cannot run."""
+    device = torch.device(options.device)
+    asked = options.attention_backend == "triton"
+    if not asked and (options.attention_backend != "auto" or device.type != "cuda"):
+        return False
+    from engine.gpu.kernels.launch import require
+    from engine.gpu.select import hindrance
+
+    require(device)
+    reason = hindrance(config)
+    if reason:
+        _logger.info("fused GPU pass: %s; torch runs the step around Triton's attention", reason)
+    return not reason
+
+
+def _build_fused(config: ModelConfig, options: ModelOptions) -> Built:
+    from engine.gpu.model import GpuLlama
+
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    checkpoint = Checkpoint(config.path, dtype or config.dtype, options.device)
+    model = GpuLlama(config, checkpoint, options.quantization)
+    weights = _name(checkpoint.dtype) if options.quantization == "none" else options.quantization
+    return Built(model, weights, _kv_dtype(options, checkpoint.dtype), options.threads, fused=True)
 
 
 def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library) -> Built:

@@ -1,0 +1,1 @@
+"""What Baton makes of a GPU: `python -m benchmarks.gpu`, or `make gpu-bench`."""

@@ -1,0 +1,159 @@
+"""Models of well-known shapes with random weights, made on the device: nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+
+from engine.gpu.executor import GpuExecutor
+from engine.gpu.model import GpuLlama
+from engine.model.config import ModelConfig
+from engine.model.pool import KvGeometry, KvPool
+from engine.model.weights import Checkpoint
+from scheduling.plan import Capacity
+
+_SPREAD = 0.02  # standard deviation of weights, as models are initialized
+
+
+def _llama_3_8b() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+    )
+
+
+def _mistral_7b() -> PretrainedConfig:
+    return MistralConfig(
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        sliding_window=None,
+    )
+
+
+def _qwen3_06b() -> PretrainedConfig:
+    return Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+    )
+
+
+def _tiny() -> PretrainedConfig:
+    """For trying the benchmark itself."""
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
+
+
+SHAPES = {
+    "llama-3-8b": _llama_3_8b,
+    "mistral-7b": _mistral_7b,
+    "qwen3-0.6b": _qwen3_06b,
+    "tiny": _tiny,
+}
+
+
+class RandomCheckpoint(Checkpoint):
+    """A checkpoint that has every tensor that it is asked for."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.path, self.files = Path("random"), []
+        self.dtype, self.device = dtype, device
+        self._chance = torch.Generator(device).manual_seed(0)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Random weights; norms are ones."""
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        made = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return made.normal_(0, _SPREAD, generator=self._chance)
+
+    def quantized(self, name: str, out: int, into: int) -> None:
+        """Nothing is stored in a quantized form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a worker on the device is given."""
+
+    blocks: int
+    max_tokens: int
+    max_sequences: int
+    block_size: int = 16
+
+
+def config_of(source: PretrainedConfig) -> ModelConfig:
+    """As read_config makes it of a directory."""
+    return ModelConfig(
+        path=Path("random"),
+        architecture={"qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}.get(
+            source.model_type, "LlamaForCausalLM"
+        ),
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        layers=source.num_hidden_layers,
+        heads=source.num_attention_heads,
+        max_context=source.max_position_embeddings,
+        dtype=torch.bfloat16,
+        tied=bool(source.tie_word_embeddings),
+        source=source,
+    )
+
+
+def executor(
+    shape: str,
+    device: torch.device,
+    sizes: Sizes,
+    *,
+    quantization: str = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> GpuExecutor:
+    """A warm executor over a random model of one of SHAPES."""
+    config = config_of(SHAPES[shape]())
+    model = GpuLlama(config, RandomCheckpoint(dtype, device), quantization)
+    geometry = KvGeometry.of(
+        "random", model.layers, model.kv_heads, model.head_dim, dtype, sizes.block_size
+    )
+    capacity = Capacity(
+        blocks=sizes.blocks,
+        block_size=sizes.block_size,
+        max_tokens=sizes.max_tokens,
+        max_sequences=sizes.max_sequences,
+        max_context=config.max_context,
+    )
+    made = GpuExecutor(model, KvPool(geometry, sizes.blocks, device=device), capacity, **options)
+    made.warm_up()
+    return made

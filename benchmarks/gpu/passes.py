@@ -1,0 +1,129 @@
+"""Steady generation and full prompt passes: seconds, MBU, MFU, and how long the device waits."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from baton.types import Request, Sampling, Stopping
+from benchmarks.gpu.ceilings import Ceilings
+from benchmarks.gpu.timing import idle_share
+from engine.bench.work import ModelCount, Part
+from engine.gpu.executor import GpuExecutor
+from scheduling.plan import Chunk, StepPlan
+from scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A pass to time: `batch` sequences that generate at `context`, or prompts of `prompt` tokens
+    that fill one pass."""
+
+    batch: int = 1
+    context: int = 0
+    prompt: int = 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """What it costs, to count."""
+        one = Part(0, self.prompt) if self.prompt else Part(self.context - 1, 1)
+        return [one] * self.batch
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.prompt:
+            return f"prompt {self.batch} x {self.prompt}"
+        return f"generation {self.batch} x {self.context}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pass."""
+        return sum(part.length for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Medians of one shape."""
+
+    shape: Shape
+    seconds: float
+    mbu: float
+    mfu: float
+    idle: float | None  # share of the time in which the device waits; None where not looked at
+
+    @property
+    def floor_share(self) -> float:
+        """Floor over measured: 1 is as fast as the device can be."""
+        return max(self.mbu, self.mfu)
+
+
+def measure(
+    executor: GpuExecutor, shape: Shape, count: ModelCount, ceilings: Ceilings, *, steps: int = 40
+) -> Timed:
+    """Time one shape as a worker would run it, pass after pass."""
+    passes = _prompts(executor, shape) if shape.prompt else _generation(executor, shape, steps)
+    took = statistics.median(sorted(passes)[: max(1, steps)])
+    idle = None
+    device = executor.pool.storage.device
+    if not shape.prompt and device.type == "cuda":
+        idle = idle_share(lambda: list(_generation(executor, shape, steps)), device)
+    work = count.work(shape.parts)
+    return Timed(
+        shape,
+        took,
+        mbu=work.bytes / took / ceilings.read,
+        mfu=work.operations / took / ceilings.bf16,
+        idle=idle,
+    )
+
+
+def _generation(executor: GpuExecutor, shape: Shape, steps: int) -> Iterator[float]:
+    """Seconds of wall time from one step to the next, once it runs."""
+    first = max(1, shape.context - steps // 2)
+    sequences = [_sequence(executor, i, first, steps + 2) for i in range(shape.batch)]
+    ended = time.perf_counter()
+    for step in range(steps):
+        chunks = tuple(Chunk(s, len(s.tokens) - 1, 1, sample=True) for s in sequences)
+        result = executor.execute(StepPlan(chunks))
+        for sequence, sampled in zip(sequences, result.sampled, strict=True):
+            assert sampled is not None
+            sequence.append(sampled.token_id)
+        begun, ended = ended, time.perf_counter()
+        if step >= 3:
+            yield ended - begun
+
+
+def _prompts(executor: GpuExecutor, shape: Shape, repeats: int = 7) -> Iterator[float]:
+    """Seconds of passes over fresh prompts."""
+    for turn in range(repeats):
+        sequences = [_sequence(executor, i, shape.prompt, 1) for i in range(shape.batch)]
+        chunks = tuple(Chunk(s, 0, shape.prompt, sample=True) for s in sequences)
+        _settle(executor.pool.storage.device)
+        begun = time.perf_counter()
+        executor.execute(StepPlan(chunks))
+        _settle(executor.pool.storage.device)
+        if turn:
+            yield time.perf_counter() - begun
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _sequence(executor: GpuExecutor, index: int, tokens: int, more: int) -> Sequence:
+    """A sequence of random tokens in blocks of its own, with room for `more`."""
+    chooser = random.Random(index)
+    ids = tuple(chooser.randrange(executor.model.vocab_size) for _ in range(tokens))
+    request = Request(f"bench-{index}", ids, Sampling(), Stopping(max_tokens=more))
+    sequence = Sequence.start(request, 0, now=0.0)
+    width = executor.capacity.blocks_for(tokens + more)
+    sequence.blocks = list(range(index * width, (index + 1) * width))
+    sequence.computed = tokens - 1
+    return sequence

@@ -1,0 +1,188 @@
+"""Runs plans on a GPU without a gap between passes.
+
+While the host takes a pass's tokens, tells the gateways and makes the next plan, the device already
+computes the pass that will most likely be wanted: one more token for every sequence of the last
+one, from tokens that the host has not seen yet. A plan takes from that guess what it finds in it,
+and has the rest computed as usual; what nobody takes is forgotten. A guess writes KV only behind
+the end of its sequences, into their own blocks, and before anything that comes later, so one that
+was wrong harms nobody.
+
+The plans are those of any executor, and so are the results.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from baton.types import Logprob
+from engine.gpu.launcher import Launched, Launcher, samples_on_device
+from engine.gpu.model import GpuLlama
+from engine.model.pool import KvPool
+from engine.model.runner import Threads, TorchExecutor
+from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+from scheduling.sequence import Sequence
+
+# A guess that leaves out more of the sequences than this is not worth a pass of its own.
+_WORTH = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A pass that runs ahead of its plan: `rows[sequence]` is the row of a sequence's next token,
+    whose KV goes where its block table said when the pass began."""
+
+    launched: Launched
+    rows: dict[Sequence, int]
+    tables: list[list[int]]
+    positions: list[int]
+    expected: list[int]  # the tokens that it was computed from; known when their pass is over
+
+    def row_of(self, chunk: Chunk) -> int | None:
+        """Where the chunk's result is; None if it was not foreseen, or something has changed."""
+        row = self.rows.get(chunk.sequence)
+        if row is None or chunk.length != 1 or not chunk.sample:
+            return None
+        table, position = self.tables[row], self.positions[row]
+        sequence = chunk.sequence
+        same = (
+            chunk.start == position
+            and sequence.blocks[: len(table)] == table
+            and sequence.tokens[position] == self.expected[row]
+        )
+        return row if same else None
+
+
+class GpuExecutor(TorchExecutor):
+    """An Executor (engine/executor.py) over one model and one pool on a GPU."""
+
+    def __init__(
+        self,
+        model: GpuLlama,
+        pool: KvPool,
+        capacity: Capacity,
+        *,
+        weight_dtype: str = "",
+        swap_bandwidth: float = 0.0,
+        ahead: bool = True,
+    ) -> None:
+        """`ahead`: compute what is likely before it is asked for; nothing is for a prefill worker,
+        whose sequences do not go on. `swap_bandwidth`: most bytes per
+        second each way, 0 for no limit."""
+        super().__init__(
+            model,
+            pool,
+            capacity,
+            Threads(0),
+            weight_dtype=weight_dtype,
+            swap_bandwidth=swap_bandwidth,
+        )
+        self.taken = 0  # results that a guess had ready
+        self.wasted = 0  # results of guesses that nobody wanted
+        self._launcher = Launcher(model, pool, capacity)
+        self._ahead = ahead
+        self._guess: Guess | None = None
+        self._idle_at = 0.0  # when the last result was there
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one pass, or take it from the one that runs already. Blocking, one at a time.
+
+        The seconds of the result are the device's: from when it was free for the pass."""
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            self._swap(plan)
+            sampled, prompt, foreseen = self._take(plan) if plan.chunks else ((), (), False)
+        ended = time.perf_counter()
+        seconds = ended - (self._idle_at if foreseen else begun)
+        self._idle_at = ended
+        return StepResult(sampled, prompt, seconds, swapped=self._swapper.collect())
+
+    def warm_up(self) -> None:
+        """What TorchExecutor does, and record the graphs."""
+        super().warm_up()
+        self._guess = None
+        self._launcher.record()
+
+    def close(self) -> None:
+        """End the threads that swap. Idempotent."""
+        self._guess = None
+        super().close()
+
+    def _take(
+        self, plan: StepPlan
+    ) -> tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...], bool]:
+        """What was sampled and the prompt logprobs, for each chunk; and whether all of it had been
+        begun before."""
+        guess, self._guess = self._guess, None
+        rows = [guess.row_of(chunk) if guess else None for chunk in plan.chunks]
+        missing = [chunk for chunk, row in zip(plan.chunks, rows, strict=True) if row is None]
+        launched = self._launcher.chunks(missing) if missing else None
+        following = self._go_on(plan, rows, guess, launched)
+        foreseen = guess.launched.sampled() if guess and len(missing) < len(rows) else []
+        computed = iter(launched.results() if launched else ())
+        sampled: list[Sampled | None] = []
+        prompt: list[tuple[Logprob, ...]] = []
+        for row in rows:
+            token, logprobs = next(computed) if row is None else (foreseen[row], ())
+            sampled.append(token)
+            prompt.append(logprobs)
+        if guess is not None:
+            hits = len(rows) - len(missing)
+            self.taken, self.wasted = self.taken + hits, self.wasted + len(guess.rows) - hits
+        if following is not None:
+            tokens = {c.sequence: s for c, s in zip(plan.chunks, sampled, strict=True)}
+            following.expected += [
+                found.token_id if (found := tokens[sequence]) else -1 for sequence in following.rows
+            ]
+            self._guess = following
+        return tuple(sampled), tuple(prompt), not missing
+
+    def _go_on(
+        self,
+        plan: StepPlan,
+        rows: list[int | None],
+        guess: Guess | None,
+        launched: Launched | None,
+    ) -> Guess | None:
+        """Begin the pass that most likely follows: one more token for each sequence that goes on.
+
+        Not while a prompt is under way, whose next chunk belongs into the same pass, nor if the
+        host must look at logits first.
+        """
+        known = launched is None or launched.tokens is not None
+        if not self._ahead or not known or not all(map(_may_go_on, plan.chunks)):
+            return None
+        size = self.pool.block_size
+        sources: list[int] = []  # rows of the tokens of both passes, one after the other
+        sequences: list[Sequence] = []
+        fresh = len(guess.rows) if guess else 0
+        wanted = 0
+        for chunk, row in zip(plan.chunks, rows, strict=True):
+            source, fresh = (fresh, fresh + 1) if row is None else (row, fresh)
+            sequence = chunk.sequence
+            if not self._lasts(sequence):
+                continue
+            wanted += 1
+            if len(sequence.tokens) < len(sequence.blocks) * size:
+                sequences.append(sequence)
+                sources.append(source)
+        if not sequences or len(sequences) < _WORTH * wanted:
+            return None
+        passes = [each.tokens for each in (guess and guess.launched, launched) if each]
+        tokens = torch.cat([each for each in passes if each is not None])
+        positions = [len(sequence.tokens) for sequence in sequences]
+        begun = self._launcher.go_on(sequences, positions, tokens, sources)
+        tables = [s.blocks[: p // size + 1] for s, p in zip(sequences, positions, strict=True)]
+        order = {sequence: row for row, sequence in enumerate(sequences)}
+        return Guess(begun, order, tables, positions, [])
+
+    def _lasts(self, sequence: Sequence) -> bool:
+        """Whether another token can follow the one that is being computed."""
+        left = sequence.request.stopping.max_tokens - sequence.generated
+        return left > 1 and len(sequence.tokens) < self._capacity.max_context
+
+
+def _may_go_on(chunk: Chunk) -> bool:
+    return chunk.sample and samples_on_device(chunk.sequence)

@@ -1,0 +1,63 @@
+"""How much of a GPU's memory the KV cache may take: what is left when a worker is warm.
+
+Measured, not estimated: the weights are there, and a trial with a small pool runs the largest
+passes and records the graphs. What that leaves of a share of the device is for KV; the rest of the
+device is the margin for fragments, and for libraries that take memory late.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from baton.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A device's memory around a trial, in bytes."""
+
+    total: int
+    others: int  # taken by other processes, and by libraries of this one
+    peak: int  # the most that this process's tensors took
+    trial: int  # of that, the pool that the trial made
+
+    def room(self, share: float) -> int:
+        """What KV may take if this worker and all others may take `share` of the device."""
+        return int(self.total * share) - self.others - (self.peak - self.trial)
+
+
+def room_for_kv(trial: Callable[[], int], device: torch.device, share: float) -> int:
+    """Bytes for KV. `trial` runs the largest passes over a pool of its own, whose bytes it returns,
+    and keeps nothing.
+
+    Raises ConfigError if nothing is left.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    trial_bytes = trial()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    memory = Memory(total, others, peak, trial_bytes)
+    room = memory.room(share)
+    _log.info(
+        "GPU memory: %.1f GiB in all, %.1f for weights and passes, %.1f for KV",
+        total / 2**30,
+        (others + peak - trial_bytes) / 2**30,
+        room / 2**30,
+    )
+    if room <= 0:
+        raise ConfigError(
+            f"--device-memory {share}: weights and passes take "
+            f"{(others + peak - trial_bytes) / 2**30:.1f} of {total / 2**30:.1f} GiB, no KV fits"
+        )
+    return room

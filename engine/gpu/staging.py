@@ -1,0 +1,202 @@
+"""The KV of a device pool as the hand-off sees it: the same blocks in host memory.
+
+A prefill worker saves the blocks that a pass has finished, before their lease says that they are
+final; a decode worker loads the blocks that a pull has brought, before their sequence runs. Either
+way many blocks are gathered into one buffer on the device, cross the bus in one copy, and go beside
+the passes, on a stream of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.executor import Executor
+from engine.gpu.kernels.blocks import gather, scatter
+from engine.model.pool import KvPool
+from scheduling.plan import Capacity, StepPlan, StepResult
+
+_BUFFER_BYTES = 32 * 2**20  # that cross at once
+
+
+def finished_blocks(plan: StepPlan, block_size: int) -> list[int]:
+    """Blocks that nobody writes to after the pass, unless to generate: those it fills, and the last
+    one of each prompt that it completes."""
+    found: list[int] = []
+    for chunk in plan.chunks:
+        end = chunk.start + chunk.length
+        until = -(-end // block_size) if chunk.sample else end // block_size
+        found += chunk.sequence.blocks[chunk.start // block_size : until]
+    return found
+
+
+class Staging:
+    """A BlockStore (kv_transfer/contract.py) beside a device pool, block for block.
+
+    Memory is touched, and so taken, when a block first crosses.
+    """
+
+    def __init__(self, pool: KvPool, buffer: memoryview | mmap.mmap | None = None) -> None:
+        """`buffer`: writable memory of `blocks * block_bytes`, such as a shared mapping."""
+        self._pool = pool
+        size = pool.blocks * pool.block_bytes
+        self._view = memoryview(mmap.mmap(-1, size) if buffer is None else buffer).cast("B")[:size]
+        self._bytes = torch.frombuffer(self._view, dtype=torch.uint8).view(pool.blocks, -1)
+        self._device = pool.storage.device
+        self._most = max(1, _BUFFER_BYTES // pool.block_bytes)
+        self._saving, self._loading = _Lane(pool, self._most), _Lane(pool, self._most)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self._pool.blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self._pool.block_bytes
+
+    def block(self, index: int) -> memoryview:
+        """Writable bytes of one block in host memory."""
+        if not 0 <= index < self.blocks:
+            raise IndexError(f"block {index} of a pool of {self.blocks}")
+        return self._view[index * self.block_bytes : (index + 1) * self.block_bytes]
+
+    def save(self, blocks: Items[int]) -> None:
+        """Copy from the device, behind all that it was given so far. Returns when they are here."""
+        with self._saving as lane:
+            for some in _pieces(blocks, self._most):
+                lane.gather(some)
+                for row, block in zip(lane.host, some, strict=False):
+                    np.copyto(self._bytes[block].numpy(), row.numpy())
+
+    def load(self, blocks: Items[int]) -> None:
+        """Copy to the device, behind all that it was given so far. Returns when they are there."""
+        with self._loading as lane:
+            for some in _pieces(blocks, self._most):
+                for row, block in zip(lane.host, some, strict=False):
+                    np.copyto(row.numpy(), self._bytes[block].numpy())
+                lane.scatter(some)
+
+
+class _Lane:
+    """One direction: a stream, a buffer on the device and its page-locked twin on the host."""
+
+    def __init__(self, pool: KvPool, blocks: int) -> None:
+        self._storage = pool.storage
+        self._device = pool.storage.device
+        self._cuda = self._device.type == "cuda"
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._buffer: Tensor | None = None
+        self._blocks, self._block_bytes = blocks, pool.block_bytes
+
+    def __enter__(self) -> _Lane:
+        self._lock.acquire()
+        if self._buffer is None:
+            shape = (self._blocks, self._block_bytes)
+            self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def gather(self, blocks: Items[int]) -> None:
+        """Bring these blocks of the pool into the first rows of `host`."""
+        assert self._buffer is not None
+        with self._behind_the_passes():
+            rows = self._buffer[: len(blocks)]
+            gather(self._storage, self._ids(blocks), rows)
+            self.host[: len(blocks)].copy_(rows, non_blocking=True)
+
+    def scatter(self, blocks: Items[int]) -> None:
+        """Bring the first rows of `host` into these blocks of the pool."""
+        assert self._buffer is not None
+        with self._behind_the_passes():
+            rows = self._buffer[: len(blocks)]
+            rows.copy_(self.host[: len(blocks)], non_blocking=True)
+            scatter(self._ids(blocks), rows, self._storage)
+
+    def _ids(self, blocks: Items[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._device)
+
+    @contextlib.contextmanager
+    def _behind_the_passes(self) -> Iterator[None]:
+        """On this lane's stream, after what the passes' stream has now; waits for the end."""
+        if self._stream is None:
+            yield
+            return
+        passes = torch.cuda.default_stream(self._device)
+        self._stream.wait_event(passes.record_event())
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+
+def _pieces(blocks: Items[int], most: int) -> Iterator[Items[int]]:
+    for first in range(0, len(blocks), most):
+        yield blocks[first : first + most]
+
+
+class SavingExecutor:
+    """An Executor whose results come when the blocks that their pass has finished are on the host,
+    too: a prefill worker hands them over from there."""
+
+    def __init__(self, executor: Executor, staging: Staging) -> None:
+        self._executor, self._staging = executor, staging
+
+    @property
+    def capacity(self) -> Capacity:
+        """That of the executor."""
+        return self._executor.capacity
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one pass, and save what it finished."""
+        result = self._executor.execute(plan)
+        self._staging.save(finished_blocks(plan, self.capacity.block_size))
+        return result
+
+    def close(self) -> None:
+        """Close the executor."""
+        self._executor.close()
+
+
+Ref = TypeVar("Ref", contravariant=True)
+Report = TypeVar("Report", covariant=True)
+
+
+class Pulls(Protocol[Ref, Report]):
+    """What this needs of a Consumer."""
+
+    async def pull(self, ref: Ref, into: Items[int]) -> Report:
+        """Bring the blocks of `ref` into the blocks `into` of the host's memory."""
+        ...
+
+
+class StagedConsumer(Generic[Ref, Report]):
+    """A Consumer (kv_transfer/contract.py) whose blocks are loaded into the device when they have
+    come: `consumer` pulls into the staging."""
+
+    def __init__(self, consumer: Pulls[Ref, Report], staging: Staging) -> None:
+        self._consumer, self._staging = consumer, staging
+
+    async def pull(self, ref: Ref, into: Items[int]) -> Report:
+        """As the consumer does; the KV is on the device when this returns."""
+        report = await self._consumer.pull(ref, into)
+        loading = asyncio.ensure_future(asyncio.to_thread(self._staging.load, into))
+        try:
+            await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            await loading  # nothing may write into the blocks any more when this ends
+            raise
+        return report

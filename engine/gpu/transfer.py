@@ -1,0 +1,50 @@
+"""Small arrays on their way to and from the device, without anybody waiting for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on `device`, in the order of its stream. The array may be changed afterwards.
+
+    Page-locked memory comes from torch's cache, which hands it out again only when the copy from
+    it is over.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.clone()
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Arriving:
+    """Numbers that the device is computing, on their way to the host."""
+
+    __slots__ = ("_host", "_there")
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Queue the copy of `numbers`, behind what computes them."""
+        if numbers.device.type != "cuda":
+            self._host, self._there = numbers, None
+            return
+        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._host.copy_(numbers, non_blocking=True)
+        self._there: torch.cuda.Event | None = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._there.record()
+
+    def wait(self) -> list[int]:
+        """The numbers, when they are there. Other threads run meanwhile."""
+        if self._there is not None:
+            self._there.synchronize()
+        numbers: list[int] = self._host.tolist()
+        return numbers
+
+
+def host_array(rows: int, *, fill: int = 0, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+    """[rows] of `fill`, to be written and sent."""
+    return np.full(rows, fill, dtype=dtype)
