@@ -5,8 +5,8 @@
 A decode worker's own parts (DecodeScheduler, executor, worker, gRPC service) in this process, with
 a client in another one that takes the tokens as a gateway does. Clocks around each verb, no
 profiler: what stands between the end of one forward pass and the beginning of the next is the
-host's. The messages go out while the next pass runs; the processor time that this takes is told
-apart.
+host's. Accounts, messages and metrics are the event loop's work while the next pass runs; the
+processor time that this takes is told apart.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from engine.bench.backends import backend_of, load, weights_of
 from engine.bench.models import SHAPES, given_or_random
 from engine.bench.records import Record, Setup, plain, save
 from engine.bench.tables import Table
+from engine.loop import EngineLoop
 from engine.model import runner
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
 from kv_transfer.memory import Network
 from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
+from scheduling.events import DecodeEvent
 from scheduling.order import make_policy
 from scheduling.plan import StepPlan
 
@@ -49,10 +51,9 @@ PARTS = {  # in the order of a step
     "sampling": "sample",
     "execute": "rest of the executor",
     "apply": "apply: what it means",
-    "events": "events: accounts, messages, metrics",
-    "hops": "to the engine's thread and back, and waiting",
+    "between": "between the verbs",
 }
-BESIDE = "sending, beside the pass (processor time)"
+BESIDE = "accounts and messages, beside the pass (processor time)"
 POLICY = "predicted-srpt"
 
 
@@ -66,7 +67,7 @@ class Clocks:
     steps: list[dict[str, float]] = field(default_factory=list)
     _now: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     _begun: float = 0.0
-    _processor: float = 0.0
+    _event_loop: float = 0.0  # processor time of its thread when it was last told of a pass
     _plan: StepPlan | None = None
     _wrapped: list[tuple[object, str, Any]] = field(default_factory=list)
 
@@ -95,29 +96,39 @@ class Clocks:
         inner = scheduler.plan
 
         def timed(now: float) -> StepPlan | None:
-            started, processor = time.perf_counter(), time.thread_time()
+            started = time.perf_counter()
             if self._plan is not None and self._is_full(self._plan, batch):
-                self._keep(started - self._begun, processor - self._processor)
+                self._keep(started - self._begun)
             self._now.clear()
-            self._begun, self._processor = started, processor
+            self._begun = started
             self._plan = inner(now)
             self._now["plan"] = time.perf_counter() - started
             return self._plan
 
         scheduler.plan = timed  # type: ignore[method-assign]
 
+    def wrap_events(self, engine: EngineLoop[DecodeEvent]) -> None:
+        """See what its event loop does from one pass that it is told of to the next."""
+        inner = engine._on_events
+
+        def told(plan: StepPlan, events: list[DecodeEvent], seconds: float) -> None:
+            before, self._event_loop = self._event_loop, time.thread_time()
+            self._now["beside"] = self._event_loop - before
+            inner(plan, events, seconds)
+
+        engine._on_events = told
+        self._wrapped.append((engine, "_on_events", inner))
+
     @staticmethod
     def _is_full(plan: StepPlan, batch: int) -> bool:
         return len(plan.chunks) == batch and all(chunk.length == 1 for chunk in plan.chunks)
 
-    def _keep(self, seconds: float, processor: float) -> None:
+    def _keep(self, seconds: float) -> None:
         step = dict(self._now)
         inside = sum(step.get(part, 0.0) for part in ("batch", "model", "sampling"))
-        on_loop = step["plan"] + step["apply"] + step["events"]
-        step["hops"] = seconds - on_loop - step["execute"]
+        step["between"] = seconds - step["plan"] - step["apply"] - step["execute"]
         step["execute"] -= inside
         step["step"] = seconds
-        step["beside"] = max(0.0, processor - on_loop)
         self.steps.append(step)
 
     def summary(self) -> dict[str, float]:
@@ -204,10 +215,10 @@ def instrument(
     """Put the clocks around the verbs."""
     clocks.wrap_plan(scheduler, batch)
     clocks.wrap(scheduler, "apply", "apply")
-    clocks.wrap(worker.engine, "_on_events", "events")
+    clocks.wrap_events(worker.engine)
     clocks.wrap(executor, "execute", "execute")
     clocks.wrap(executor.model, "forward", "model")
-    clocks.wrap(runner, "build_batch", "batch")
+    clocks.wrap(executor.batches, "build", "batch")
     clocks.wrap(runner, "_sample", "sampling")
 
 

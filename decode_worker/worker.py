@@ -25,12 +25,14 @@ from queueing.contract import Progress, Verdict
 from scheduling.decode import DecodeScheduler
 from scheduling.events import DecodeEvent, LocalPrefill, PromptLogprobs, RequestFailed
 from scheduling.plan import StepPlan
+from scheduling.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
 
 class DecodeWorker:
-    """Slots over a DecodeScheduler. Everything here runs on the event loop."""
+    """Slots over a DecodeScheduler. Everything here runs on the event loop; the scheduler is the
+    engine's thread's, too, and touched under the engine's lock."""
 
     def __init__(
         self,
@@ -87,10 +89,12 @@ class DecodeWorker:
             if request.id in self._slots:
                 raise InvalidRequest.of("slot", f"{command.slot} is in use")
             if command.local_prefill:
-                sequences = self._scheduler.submit(request, now)
-                slot.levels = {sequence.index: sequence.level for sequence in sequences}
+                with self.engine.lock:
+                    sequences = self._scheduler.submit(request, now)
+                    slot.levels = {sequence.index: sequence.level for sequence in sequences}
             else:
-                slot.incoming = self._scheduler.reserve(request, now)
+                with self.engine.lock:
+                    slot.incoming = self._scheduler.reserve(request, now)
                 slot.levels[0] = slot.incoming.level
                 self._arm_expiry(slot)
         except InvalidRequest as error:
@@ -138,7 +142,8 @@ class DecodeWorker:
 
     def _drop_unwanted(self, slot: Slot) -> None:
         for index in slot.unwanted & slot.open_sequences:
-            self._scheduler.abort_sequence(slot.request.id, index)
+            with self.engine.lock:
+                self._scheduler.abort_sequence(slot.request.id, index)
             slot.open_sequences.discard(index)
         slot.unwanted.clear()
         if not slot.open_sequences:
@@ -165,8 +170,12 @@ class DecodeWorker:
             self._arm_expiry(slot)  # for the activation, if that is still to come
             self._begin_if_ready(slot)
         elif slot.incoming is not None:
-            self._scheduler.quiet(slot.incoming)
+            self._quiet(slot.incoming)
             self.engine.wake()
+
+    def _quiet(self, sequence: Sequence) -> None:
+        with self.engine.lock:
+            self._scheduler.quiet(sequence)
 
     def _begin_if_ready(self, slot: Slot) -> None:
         if slot.kv is None or slot.activation is None:
@@ -185,7 +194,9 @@ class DecodeWorker:
         )
         slot.link.event(worker_pb2.SlotEvent(slot=slot.number, kv_arrived=arrived))
         take = self._scheduler.arrived if moved else self._scheduler.lost
-        for event in take(sequence, slot.activation.first_token, now):
+        with self.engine.lock:
+            events = take(sequence, slot.activation.first_token, now)
+        for event in events:
             self._tell(slot, event)
         if slot.unwanted:
             self._drop_unwanted(slot)
@@ -208,7 +219,9 @@ class DecodeWorker:
                 self._tell(slot, event)
         for link in touched:
             link.flush(self.engine.steps)
-        self._metrics.residency(self._scheduler.counters)
+        with self.engine.lock:
+            counters = self._scheduler.counters
+        self._metrics.residency(counters)
         self._metrics.load(self.load())
 
     def _account(self, plan: StepPlan, seconds: float) -> None:
@@ -255,11 +268,12 @@ class DecodeWorker:
         slot.move(State.ENDED)
         del self._slots[slot.request.id]
         self._cancel_expiry(slot)
-        self._scheduler.abort(slot.request.id, time.monotonic())
+        with self.engine.lock:
+            self._scheduler.abort(slot.request.id, time.monotonic())
         if slot.pull is not None and not slot.pull.done():
             slot.pull.cancel()  # the pages are quiet when it has ended
         elif slot.incoming is not None:
-            self._scheduler.quiet(slot.incoming)
+            self._quiet(slot.incoming)
         self.engine.wake()
 
     def _arm_expiry(self, slot: Slot) -> None:
@@ -288,7 +302,8 @@ class DecodeWorker:
 
     def load(self) -> Load:
         """How busy this worker is."""
-        load = self._scheduler.cost.tell(self._scheduler.load())
+        with self.engine.lock:
+            load = self._scheduler.cost.tell(self._scheduler.load())
         return replace(load, draining=self.draining)
 
     @property

@@ -1,7 +1,9 @@
 """The engine's heartbeat: plan, execute, apply.
 
-The scheduler is touched on the event loop's thread only; the executor runs on one thread of its
-own. Requests come and go on the event loop while a pass runs: schedulers are built for that.
+All three verbs run on one thread, so that nothing has to be handed over between two passes. What
+came of a pass is told on the event loop's thread, while the next one runs. Requests come and go
+there, too, at any time: whoever touches the scheduler holds the loop's lock, which the engine's
+thread holds while it plans and applies and never while it computes.
 
 Knows nothing of what a scheduler decides, nor of how a pass is computed.
 """
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 from engine.executor import Executor, ExecutorBroken
@@ -42,16 +44,18 @@ class Scheduler(Protocol[Event]):
 
 
 OnEvents = Callable[[StepPlan, list[Event], float], None]
-"""Called on the event loop after each pass, with the pass's seconds. Must not block or raise."""
+"""Called on the event loop after each pass, with the pass's seconds, in the order of the passes and
+before the next one is applied; the scheduler may be planning or computing that one. A request may
+have been aborted since. Must not block or raise."""
 
 
 class EngineLoop(Generic[Event]):
     """Drives one scheduler and one executor.
 
-    After every change that can give it work (submit, arrived, lost, abort, quiet, release) the
-    caller says `wake`. A pass that raises fails the requests in it and the loop goes on. An
-    executor that is broken, or an error in the scheduler or in `on_events`, which is a bug, ends
-    the loop and comes out of `wait_closed`.
+    Calls to the scheduler from outside are made under `lock`. After every change that can give it
+    work (submit, arrived, lost, abort, quiet, release) the caller says `wake`. A pass that raises
+    fails the requests in it and the loop goes on. An executor that is broken, or an error in the
+    scheduler or in `on_events`, which is a bug, ends the loop and comes out of `wait_closed`.
     """
 
     def __init__(
@@ -67,9 +71,13 @@ class EngineLoop(Generic[Event]):
         self._executor = executor
         self._on_events = on_events
         self._clock = clock
-        self._wakeup = asyncio.Event()
+        self._awake = threading.Event()
+        self._told = threading.Event()  # nothing is on its way to `on_events`
+        self._told.set()
         self._stopping = False
+        self._failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
+        self.lock = threading.RLock()
         self.steps = 0  # passes that succeeded
         self.recent: deque[StepRecord] = deque(maxlen=history)  # the latest of them, oldest first
 
@@ -80,8 +88,8 @@ class EngineLoop(Generic[Event]):
         self._task = asyncio.create_task(self._run(), name="engine loop")
 
     def wake(self) -> None:
-        """There may be something to run. To be called on the event loop; cheap, idempotent."""
-        self._wakeup.set()
+        """There may be something to run. Cheap, idempotent, on any thread."""
+        self._awake.set()
 
     async def stop(self) -> None:
         """End after the pass that runs now. Raises what `wait_closed` would."""
@@ -95,30 +103,71 @@ class EngineLoop(Generic[Event]):
             await asyncio.shield(self._task)
 
     async def _run(self) -> None:
-        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
-            while not self._stopping:
-                self._wakeup.clear()  # before planning: what comes after it is seen next time
-                plan = self._scheduler.plan(self._clock())
-                if plan is None:
-                    await self._wakeup.wait()
-                else:
-                    await self._step(plan, thread)
+        """Keep the thread. Whoever cancels this waits for the pass that runs."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        thread = threading.Thread(
+            target=self._drive, args=(loop, ended), name="engine", daemon=True
+        )
+        thread.start()
+        try:
+            await ended.wait()
+        finally:
+            self._stopping = True
+            self._told.set()  # nobody will tell what this thread waits for while it is joined
+            self.wake()
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
 
-    async def _step(self, plan: StepPlan, thread: ThreadPoolExecutor) -> None:
+    # On the engine's thread.
+
+    def _drive(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
+        try:
+            while not self._stopping:
+                self._awake.clear()  # before planning: what comes after it is seen next time
+                with self.lock:
+                    plan = self._scheduler.plan(self._clock())
+                if plan is None:
+                    self._awake.wait()
+                else:
+                    self._step(plan, loop)
+        except BaseException as error:
+            self._failure = self._failure or error
+        loop.call_soon_threadsafe(ended.set)  # after all that was told
+
+    def _step(self, plan: StepPlan, loop: asyncio.AbstractEventLoop) -> None:
         begun = self._clock()
         try:
-            result = await asyncio.get_running_loop().run_in_executor(
-                thread, self._executor.execute, plan
-            )
+            result = self._executor.execute(plan)
         except ExecutorBroken:
             raise
         except Exception:
             _log.exception("a pass of %d tokens failed", plan.tokens)
-            now = self._clock()
-            self._on_events(plan, self._scheduler.fail(plan, now), now - begun)
-            return
+            result = None
+        self._told.wait()  # a slow event loop slows the engine down, instead of falling behind
+        self._told.clear()
+        now = self._clock()
+        with self.lock:
+            if result is None:
+                seconds, events = now - begun, self._scheduler.fail(plan, now)
+            else:
+                seconds, events = result.seconds, self._scheduler.apply(plan, result, now)
+                self._count(plan, result)
+        loop.call_soon_threadsafe(self._tell, plan, events, seconds)
+
+    def _count(self, plan: StepPlan, result: StepResult) -> None:
         self.steps += 1
         if plan.chunks and not plan.swaps_first:  # else its time is not the model's
             self.recent.append(StepRecord.of(plan, result.seconds))
-        events = self._scheduler.apply(plan, result, self._clock())
-        self._on_events(plan, events, result.seconds)
+
+    # On the event loop.
+
+    def _tell(self, plan: StepPlan, events: list[Event], seconds: float) -> None:
+        try:
+            if self._failure is None:
+                self._on_events(plan, events, seconds)
+        except BaseException as error:
+            self._failure, self._stopping = error, True
+            self.wake()
+        finally:
+            self._told.set()

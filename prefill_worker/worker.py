@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class PrefillWorker:
-    """Jobs over a PrefillScheduler. Everything here runs on the event loop.
+    """Jobs over a PrefillScheduler. Everything here runs on the event loop; the scheduler is the
+    engine's thread's, too, and touched under the engine's lock.
 
     Blocks: the scheduler's until PrefillStarted; then they lie under a lease, and the producer
     says `on_freed` when that has ended and nobody reads them.
@@ -62,7 +63,8 @@ class PrefillWorker:
         self._calls += 1
         # Unique here even while an earlier attempt at the same request is still being cleared.
         job = Job(request.id, replace(request, id=f"{request.id}/{self._calls}"), claim)
-        job.level = self._scheduler.submit(job.request, time.monotonic()).level
+        with self.engine.lock:
+            job.level = self._scheduler.submit(job.request, time.monotonic()).level
         self._jobs[job.request.id] = job
         self.engine.wake()
         try:
@@ -89,9 +91,12 @@ class PrefillWorker:
         for event in events:
             match event:
                 case PrefillStarted(sequence):
-                    self._started(self._jobs[sequence.request.id], sequence.blocks)
+                    if job := self._jobs.get(sequence.request.id):
+                        self._started(job, sequence.blocks)
+                    else:
+                        self._release(sequence.blocks)
                 case PrefillAdvanced(sequence, computed):
-                    # Aborted by what came before it in this very list, if it has no job.
+                    # Aborted since the pass, if it has no job.
                     if job := self._jobs.get(sequence.request.id):
                         self._producer.advance(job.lease, computed // self._block_size)
                 case Prefilled(sequence):
@@ -106,7 +111,7 @@ class PrefillWorker:
         try:
             ref = self._producer.publish(blocks, len(job.request.prompt_ids) + job.prior_tokens)
         except Overloaded as error:
-            self._scheduler.release(blocks)
+            self._release(blocks)
             self._fail(job, error)
             return
         self._leased[ref.lease_id] = job
@@ -124,10 +129,14 @@ class PrefillWorker:
     def on_freed(self, lease_id: bytes) -> None:
         """The blocks of a lease may be used again."""
         job = self._leased.pop(lease_id)
-        self._scheduler.release(job.blocks)
+        self._release(job.blocks)
         job.freed.set()
         self._metrics.load(self.load())
         self.engine.wake()
+
+    def _release(self, blocks: list[int]) -> None:
+        with self.engine.lock:
+            self._scheduler.release(blocks)
 
     # The end, and what others need to know.
 
@@ -138,7 +147,8 @@ class PrefillWorker:
     def _drop(self, job: Job) -> None:
         """Forget a job, stop its work and end its lease. Idempotent."""
         if self._jobs.pop(job.request.id, None) is not None:
-            self._scheduler.abort(job.request.id, time.monotonic())
+            with self.engine.lock:
+                self._scheduler.abort(job.request.id, time.monotonic())
             self.engine.wake()
         if job.lease:
             self._producer.revoke(job.lease)
@@ -159,7 +169,8 @@ class PrefillWorker:
 
     def load(self) -> Load:
         """How busy this worker is."""
-        load = self._scheduler.cost.tell(self._scheduler.load())
+        with self.engine.lock:
+            load = self._scheduler.cost.tell(self._scheduler.load())
         return replace(load, draining=self.draining)
 
     @property

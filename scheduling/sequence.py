@@ -65,7 +65,7 @@ class Sequence:
 
     # Set by the scheduler.
     computed: int = 0  # tokens whose KV is in `blocks`
-    blocks: list[int] = field(default_factory=list)  # block table, in order of position
+    blocks: list[int] = field(default_factory=list)  # block table by position; it grows in place
     host_blocks: list[int] = field(default_factory=list)  # the same, of its copy in host memory
     allotment: int = 0  # output tokens that KV is reserved for; 0: as many as there are
     phase: Phase = Phase.WAITING

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from engine.attention.contract import Batch
 from engine.model.sampler import is_plain_greedy
 from scheduling.plan import Chunk, StepPlan
+from scheduling.sequence import Sequence
+
+_NO_ROWS = range(0)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRows:
+class ChunkRows(NamedTuple):
     """Where one chunk finds its part of a pass's output.
 
     `prompt` are the rows of logits that predict the prompt tokens
@@ -28,47 +31,142 @@ class ChunkRows:
     best: int | None
 
 
+class BatchBuilder:
+    """Makes the tensors of one pass after another.
+
+    Keeps the block tables of the last pass: a sequence that was in it needs to be looked at only
+    where it has a new block. Relies on lists of blocks that only grow; a sequence that loses blocks
+    gets a new list.
+    """
+
+    def __init__(self, block_size: int, device: torch.device | str = "cpu") -> None:
+        self._block_size = block_size
+        self._device = device
+        self._tables = _Tables()
+
+    def build(self, plan: StepPlan) -> tuple[Batch, tuple[ChunkRows, ...]]:
+        """The tensors of one pass, and where each chunk finds its part of the output. They share
+        no memory with those of other passes."""
+        chunks, device = plan.chunks, self._device
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for sequence, start, length, _ in chunks:
+            if length == 1:
+                token_ids.append(sequence.tokens[start])
+                positions.append(start)
+            else:
+                token_ids += sequence.tokens[start : start + length]
+                positions += range(start, start + length)
+            slots += self._slots(sequence.blocks, start, length)
+        whole: list[int] = []  # rows of the flat batch of which all logits are wanted
+        best: list[int] = []
+        rows = self._rows(chunks, whole, best)
+        tables = self._tables.of(chunks, self._block_size)
+        flat = torch.from_numpy(np.array((token_ids, positions, slots), dtype=np.int64)).to(device)
+        wanted = torch.from_numpy(np.array(whole + best, dtype=np.int64)).to(device)
+        batch = Batch(
+            token_ids=flat[0],
+            positions=flat[1],
+            slots=flat[2],
+            starts=tuple([chunk.start for chunk in chunks]),
+            lengths=tuple([chunk.length for chunk in chunks]),
+            block_tables=torch.from_numpy(tables).to(device),
+            prompt_lengths=tuple([chunk.sequence.prompt_length for chunk in chunks]),
+            logit_rows=wanted,
+            whole_rows=len(whole),
+        )
+        return batch, rows
+
+    def _slots(self, blocks: list[int], start: int, length: int) -> list[int]:
+        """Where the KV of each token goes: block * block_size + offset."""
+        size = self._block_size
+        if length == 1:
+            return [blocks[start // size] * size + start % size]
+        return [blocks[at // size] * size + at % size for at in range(start, start + length)]
+
+    def _rows(
+        self, chunks: tuple[Chunk, ...], whole: list[int], best: list[int]
+    ) -> tuple[ChunkRows, ...]:
+        """Ask for what each chunk needs, by rows of the flat batch."""
+        rows, first = [], 0
+        for chunk in chunks:
+            rows.append(_rows(chunk, first, whole, best))
+            first += chunk.length
+        return tuple(rows)
+
+
 def build_batch(
     plan: StepPlan, block_size: int, device: torch.device | str = "cpu"
 ) -> tuple[Batch, tuple[ChunkRows, ...]]:
-    """The tensors of one pass, and where each chunk finds its part of the output."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    whole: list[int] = []  # rows of the flat batch of which all logits are wanted
-    best: list[int] = []
-    rows: list[ChunkRows] = []
-    for chunk in plan.chunks:
-        first, end = len(token_ids), chunk.start + chunk.length
-        token_ids += chunk.sequence.tokens[chunk.start : end]
-        positions += range(chunk.start, end)
-        slots += _slots(chunk, block_size)
-        rows.append(_rows(chunk, first, whole, best))
-    flat = _integers([token_ids, positions, slots]).to(device)
-    batch = Batch(
-        token_ids=flat[0],
-        positions=flat[1],
-        slots=flat[2],
-        starts=tuple(chunk.start for chunk in plan.chunks),
-        lengths=tuple(chunk.length for chunk in plan.chunks),
-        block_tables=_integers(_block_tables(plan, block_size)).to(device),
-        prompt_lengths=tuple(chunk.sequence.prompt_length for chunk in plan.chunks),
-        logit_rows=_integers(whole + best).to(device),
-        whole_rows=len(whole),
-    )
-    return batch, tuple(rows)
+    """One pass by itself."""
+    return BatchBuilder(block_size, device).build(plan)
 
 
-def _integers(values: list[int] | list[list[int]]) -> Tensor:
-    """An int64 tensor; numpy reads nested lists five times as fast as torch does."""
-    return torch.from_numpy(np.array(values, dtype=np.int64))
+@dataclass(slots=True)
+class _Table:
+    """What is known of one sequence's row of `_Tables`."""
+
+    row: int
+    blocks: list[int]  # the sequence's own list
+    used: int  # of its blocks; the row goes on with the last of them
+
+
+class _Tables:
+    """The block tables of the sequences in the last pass."""
+
+    def __init__(self) -> None:
+        self._known: dict[Sequence, _Table] = {}
+        self._free: list[int] = []
+        self._array = np.zeros((0, 1), dtype=np.int64)
+
+    def of(self, chunks: tuple[Chunk, ...], block_size: int) -> NDArray[np.int64]:
+        """The blocks that hold each chunk's context, padded to one width with the last of them:
+        [S, width], a copy."""
+        before, known, places, width = self._known, {}, [], 0
+        for sequence, start, length, _ in chunks:
+            used = -(-(start + length) // block_size)
+            table = before.pop(sequence, None) or known.get(sequence)
+            if table is None:
+                table = _Table(self._row(), sequence.blocks, 0)
+            if table.used != used or table.blocks is not sequence.blocks:
+                self._write(table, sequence.blocks, used)
+            known[sequence] = table
+            places.append(table.row)
+            width = max(width, used)
+        self._free += [table.row for table in before.values()]
+        self._known = known
+        return self._array[places, :width]
+
+    def _write(self, table: _Table, blocks: list[int], used: int) -> None:
+        if used > self._array.shape[1]:
+            self._widen(used)
+        kept = table.used if table.blocks is blocks and table.used < used else 0
+        row = self._array[table.row]
+        row[kept:used] = blocks[kept:used]
+        row[used:] = blocks[used - 1]
+        table.blocks, table.used = blocks, used
+
+    def _row(self) -> int:
+        """One that is free."""
+        if not self._free:
+            rows, width = self._array.shape
+            self._array = np.concatenate((self._array, np.zeros((rows + 8, width), np.int64)))
+            self._free = list(range(rows, len(self._array)))
+        return self._free.pop()
+
+    def _widen(self, width: int) -> None:
+        repeats = np.repeat(self._array[:, -1:], width, axis=1)
+        self._array = np.concatenate((self._array, repeats), axis=1)
 
 
 def _rows(chunk: Chunk, first: int, whole: list[int], best: list[int]) -> ChunkRows:
     """Ask for what the chunk, whose tokens begin at row `first` of the flat batch, needs."""
-    begin, prompt = len(whole), _prompt_rows(chunk)
-    whole += range(first, first + prompt)
-    wanted = range(begin, begin + prompt)
+    wanted = _NO_ROWS
+    if chunk.sequence.request.prompt_logprobs is not None:
+        begin, prompt = len(whole), _prompt_rows(chunk)
+        whole += range(first, first + prompt)
+        wanted = range(begin, begin + prompt)
     if not chunk.sample:
         return ChunkRows(wanted, None, None)
     last = first + chunk.length - 1
@@ -89,28 +187,7 @@ def begun_blocks(plan: StepPlan, block_size: int) -> list[int]:
     ]
 
 
-def _slots(chunk: Chunk, block_size: int) -> list[int]:
-    """Where the KV of each token goes: block * block_size + offset."""
-    blocks = chunk.sequence.blocks
-    return [
-        blocks[position // block_size] * block_size + position % block_size
-        for position in range(chunk.start, chunk.start + chunk.length)
-    ]
-
-
 def _prompt_rows(chunk: Chunk) -> int:
-    """How many of the chunk's rows predict a prompt token whose logprob is wanted."""
-    sequence = chunk.sequence
-    if sequence.request.prompt_logprobs is None:
-        return 0
-    return max(0, min(chunk.start + chunk.length, sequence.prompt_length - 1) - chunk.start)
-
-
-def _block_tables(plan: StepPlan, block_size: int) -> list[list[int]]:
-    """The blocks that hold each chunk's context, padded to one width with the last of them."""
-    used = [
-        chunk.sequence.blocks[: -(-(chunk.start + chunk.length) // block_size)]
-        for chunk in plan.chunks
-    ]
-    width = max(map(len, used))
-    return [blocks + blocks[-1:] * (width - len(blocks)) for blocks in used]
+    """How many of the chunk's rows predict a prompt token."""
+    end = min(chunk.start + chunk.length, chunk.sequence.prompt_length - 1)
+    return max(0, end - chunk.start)

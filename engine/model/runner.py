@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baton.types import Logprob, Request, Sampling, Stopping
 from engine.model import sampler
-from engine.model.batch import ChunkRows, begun_blocks, build_batch
+from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
 from engine.model.model import Output, PagedModel
 from engine.model.pool import KvPool
 from engine.model.swap import Swapper
@@ -58,7 +58,7 @@ class TorchExecutor:
         self._capacity = capacity
         self._threads = threads
         self._thread: int | None = None
-        self._device = pool.storage.device
+        self.batches = BatchBuilder(pool.block_size, pool.storage.device)
 
     @property
     def capacity(self) -> Capacity:
@@ -104,7 +104,7 @@ class TorchExecutor:
         """The forward pass: what was sampled, and the prompt logprobs, for each chunk."""
         with torch.inference_mode():
             self.pool.clear(begun_blocks(plan, self.pool.block_size))
-            batch, rows = build_batch(plan, self.pool.block_size, self._device)
+            batch, rows = self.batches.build(plan)
             output = self.model.forward(batch, self.pool)
             sampled = _sample(plan.chunks, rows, output, self._choice)
             prompt = tuple(

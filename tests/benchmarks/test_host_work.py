@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-BATCH = "engine.model.batch"
+RUNNER = "engine.model.runner"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def test_every_part_of_a_real_step_is_seen(model: Path) -> None:
     }
     records = await host_work.measure(model, "tiny", options)
     assert {(r.backend, r.precision, r.batch) for r in records} == {("torch", "float32", 3)}
-    assert importlib.import_module("engine.model.runner").build_batch.__module__ == BATCH
+    assert importlib.import_module("engine.model.runner")._sample.__module__ == RUNNER
     values = {record.metric: record.value for record in records}
     assert 2 <= values["steps"] <= 11  # all but those that others of the batch were not in
     parts = [values[f"fast_{part}"] for part in host_work.PARTS]
@@ -54,9 +54,9 @@ def test_a_step_is_shared_out_among_its_parts() -> None:
     host_work = importlib.import_module("benchmarks.host_work")
     clocks = host_work.Clocks()
     clocks._now.update(
-        {"plan": 1, "batch": 2, "model": 50, "sampling": 3, "execute": 60, "apply": 4, "events": 5}
+        {"plan": 1, "batch": 2, "model": 50, "sampling": 3, "execute": 60, "apply": 4, "beside": 5}
     )
-    clocks._keep(seconds=75, processor=11)
+    clocks._keep(seconds=75)
     step = clocks.steps[0]
-    assert (step["execute"], step["hops"], step["beside"]) == (60 - 55, 75 - 60 - 10, 1)
+    assert (step["execute"], step["between"], step["beside"]) == (60 - 55, 75 - 60 - 5, 5)
     assert sum(step[part] for part in host_work.PARTS) == step["step"] == 75

@@ -192,7 +192,10 @@ class Pair:
     async def all_free(self) -> None:
         """Wait until neither worker holds a block."""
         await self.until(
-            lambda: all(s.load().free_blocks == s.load().total_blocks for s in self.schedulers)
+            lambda: all(
+                load.free_blocks == load.total_blocks
+                for load in (self.prefill.load(), self.decode.load())
+            )
         )
 
 

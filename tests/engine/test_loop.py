@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -32,10 +34,17 @@ class Gate(CostModelExecutor):
         self.go.set()
         self.breaks = 0
         self.broken = False
+        self.stopped = threading.Event()
+        self.stop_at = 0  # the pass that waits; 0 for none
+        self.calls = 0
         self.threads: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.threads.add(threading.get_ident())
+        self.calls += 1
+        if self.calls == self.stop_at:
+            self.go.clear()
+            self.stopped.set()
         self.entered.set()
         assert self.go.wait(10)
         if self.breaks:
@@ -55,6 +64,7 @@ class Engine:
         self.loop = EngineLoop(self.scheduler, self.executor, self.on_events)
         self.tokens: dict[str, list[int]] = {}
         self.failed: list[str] = []
+        self.open: set[str] = set()
         self.changed = asyncio.Event()
         self.threads: set[int] = set()
 
@@ -64,17 +74,22 @@ class Engine:
         for event in events:
             if isinstance(event, Output):
                 self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                if event.finish is not None:
+                    self.open.discard(event.request_id)
             elif isinstance(event, RequestFailed):
                 self.failed.append(event.request_id)
+                self.open.discard(event.request_id)
         self.changed.set()
 
     def submit(self, request: Request) -> None:
-        self.scheduler.submit(request, 0.0)
+        self.open.add(request.id)
+        with self.loop.lock:
+            self.scheduler.submit(request, 0.0)
         self.loop.wake()
 
     async def idle(self) -> None:
         async with asyncio.timeout(10):
-            while self.scheduler.load().running + self.scheduler.load().waiting:
+            while self.open:
                 self.changed.clear()
                 await self.changed.wait()
 
@@ -101,12 +116,59 @@ async def test_requests_that_come_at_different_times_all_finish(engine) -> None:
     assert all(step.work != Work() and step.seconds > 0 for step in engine.loop.recent)
 
 
-async def test_passes_run_on_one_thread_and_events_on_the_event_loop(engine) -> None:
+async def test_all_verbs_run_on_one_thread_and_events_on_the_event_loop(engine) -> None:
+    verbs = set()
+
+    def noted(verb: Callable[..., object]) -> Callable[..., object]:
+        def note(*given: object) -> object:
+            verbs.add(threading.get_ident())
+            return verb(*given)
+
+        return note
+
+    engine.scheduler.plan = noted(engine.scheduler.plan)
+    engine.scheduler.apply = noted(engine.scheduler.apply)
     engine.submit(request("a"))
     await engine.idle()
     assert engine.threads == {threading.get_ident()}
     assert len(engine.executor.threads) == 1
+    assert verbs == engine.executor.threads
     assert not engine.threads & engine.executor.threads
+
+
+async def test_a_pass_is_told_while_the_next_one_runs(engine) -> None:
+    engine.executor.stop_at = 2
+    engine.submit(request("a"))
+    async with asyncio.timeout(10):
+        await engine.changed.wait()
+    assert engine.loop.steps == 1
+    assert len(engine.tokens["a"]) == 1
+    assert await asyncio.to_thread(engine.executor.stopped.wait, 10)  # the second one has begun
+    engine.executor.go.set()
+    await engine.idle()
+
+
+async def test_an_event_loop_that_is_busy_holds_the_engine_up_after_one_pass(engine) -> None:
+    engine.submit(request("a", most=40))
+    await engine.changed.wait()
+    told = len(engine.tokens["a"])
+    time.sleep(0.05)  # noqa: ASYNC251 - passes take no time here: without a bound they would all be over
+    assert engine.executor.calls <= told + 2
+    await engine.idle()
+    assert engine.tokens["a"] == expected_tokens(request("a", most=40), 0, checksum_token(1000))
+
+
+async def test_the_scheduler_is_not_planning_while_somebody_holds_the_lock(engine) -> None:
+    with engine.loop.lock:
+        engine.submit(request("a"))
+        time.sleep(0.02)  # noqa: ASYNC251 - the event loop is to stand still
+        assert engine.executor.calls == 0
+        assert engine.scheduler.abort("a", 0.0)
+    engine.submit(request("b"))
+    await asyncio.sleep(0)
+    engine.open.discard("a")
+    await engine.idle()
+    assert set(engine.tokens) == {"b"}
 
 
 async def test_an_idle_engine_neither_plans_nor_runs(engine) -> None:
@@ -133,7 +195,9 @@ async def test_requests_come_and_go_while_a_pass_runs(engine) -> None:
     engine.submit(request("doomed"))
     engine.submit(request("stays"))
     await asyncio.to_thread(engine.executor.entered.wait, 10)
-    assert engine.scheduler.abort("doomed", 0.0)
+    with engine.loop.lock:
+        assert engine.scheduler.abort("doomed", 0.0)
+    engine.open.discard("doomed")
     engine.submit(request("late"))
     engine.executor.go.set()
     await engine.idle()
@@ -187,6 +251,19 @@ async def test_a_broken_executor_ends_the_loop() -> None:
     with pytest.raises(ExecutorBroken):
         async with asyncio.timeout(10):
             await engine.loop.wait_closed()
+
+
+async def test_a_loop_whose_task_is_cancelled_ends_its_thread() -> None:
+    engine = Engine()
+    engine.loop.start()
+    engine.submit(request("a", most=100))
+    await engine.changed.wait()
+    assert engine.loop._task is not None
+    engine.loop._task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(10):
+            await engine.loop.wait_closed()
+    assert not any(thread.name == "engine" for thread in threading.enumerate())
 
 
 async def test_a_loop_is_started_once(engine) -> None:

@@ -6,6 +6,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
-from engine.model.batch import begun_blocks, build_batch
+from engine.model.batch import BatchBuilder, begun_blocks, build_batch
 from engine.model.load import load_executor
 from engine.model.pool import KvGeometry, KvPool
 from kv_transfer.contract import BlockStore, KvLayout
@@ -203,3 +204,46 @@ def test_an_executor_runs_in_a_buffer_and_leaves_it_clean_after_warm_up(
     executor.warm_up()
     assert not made[0][:].strip(b"\0")
     assert executor.fingerprint == executor.pool.geometry.model_fingerprint
+
+
+def random_plan(random: Random, live: list[Sequence], size: int) -> StepPlan:
+    """Some of the sequences, in any order, each with blocks for what it has and a few more."""
+    chunks = []
+    for sequence in random.sample(live, random.randint(1, len(live))):
+        if random.random() < 0.15:  # lost its KV, and got other blocks
+            sequence.blocks, sequence.computed = [], 0
+        length = random.randint(1, len(sequence.tokens) - sequence.computed)
+        end = sequence.computed + length
+        while len(sequence.blocks) < -(-end // size) + random.randint(0, 1):
+            sequence.blocks += [random.randrange(500)]
+        chunks.append(Chunk(sequence, sequence.computed, length, sample=True))
+    return StepPlan(tuple(chunks))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_builder_that_saw_other_passes_builds_what_a_fresh_one_does(seed: int) -> None:
+    random, size = Random(seed), 4
+    builder = BatchBuilder(size)
+    live = [a_sequence(random.randint(1, 30), []) for _ in range(12)]
+    for _ in range(40):
+        plan = random_plan(random, live, size)
+        (batch, rows), (fresh, expected) = builder.build(plan), build_batch(plan, size)
+        assert rows == expected
+        for name in ("token_ids", "positions", "slots", "block_tables", "logit_rows"):
+            assert torch.equal(getattr(batch, name), getattr(fresh, name)), name
+        for chunk, table in zip(plan.chunks, batch.block_tables.tolist(), strict=True):
+            used = -(-(chunk.start + chunk.length) // size)
+            blocks = chunk.sequence.blocks
+            assert table == blocks[:used] + [blocks[used - 1]] * (len(table) - used)
+            chunk.sequence.computed += chunk.length
+            if chunk.sequence.computed == len(chunk.sequence.tokens):
+                chunk.sequence.tokens.append(7)
+        if random.random() < 0.2:
+            live[random.randrange(12)] = a_sequence(random.randint(1, 80), [])
+
+
+def test_a_batch_keeps_its_table_when_the_next_one_is_built() -> None:
+    builder, one = BatchBuilder(4), a_sequence(10, [7, 3, 5])
+    first, _ = builder.build(StepPlan((Chunk(one, 0, 4, sample=False),)))
+    builder.build(StepPlan((Chunk(one, 4, 6, sample=True),)))
+    assert first.block_tables.tolist() == [[7]]

@@ -72,7 +72,7 @@ class Rig:
 
     async def all_free(self) -> None:
         async with asyncio.timeout(5):
-            while self.scheduler.load().free_blocks < CAPACITY.blocks:
+            while self.worker.load().free_blocks < CAPACITY.blocks:
                 await asyncio.sleep(0.005)
 
     async def run(self, one: Request) -> tuple[KvRef, Prefilled]:
