@@ -4,11 +4,14 @@ Everything else is in pyproject.toml. Without a compiler the installation goes o
 what the backend would have.
 """
 
+import hashlib
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 _SOURCES = Path("engine/native/src")
+# What engine/native/library.py compares with the header that it finds.
+_ABI = hashlib.sha256((_SOURCES / "baton.h").read_bytes()).hexdigest()[:16]
 
 setup(
     ext_modules=[
@@ -17,6 +20,7 @@ setup(
             sources=sorted(str(path) for path in _SOURCES.glob("*.cpp")),
             depends=sorted(str(path) for path in _SOURCES.glob("*.[hi]*")),
             language="c++",
+            define_macros=[("BATON_ABI", f'"{_ABI}"')],
             extra_compile_args=[
                 "-std=c++20",
                 "-O3",

@@ -74,10 +74,13 @@ def race(
 def measure(library: Library, threads: int, rounds: int) -> list[Record]:
     """All settings, vocabularies and batches."""
     team = library.functions.baton_team_new(threads, None)
-    function = library.functions.baton_sample
+    functions = library.functions
     choices: dict[str, Choice] = {
         "torch": choose,
-        "compiled": CompiledChoice(lambda draws: library.check(function(team, library.isa, draws))),
+        "compiled": CompiledChoice(
+            lambda draws: library.check(functions.baton_sample(team, library.isa, draws)),
+            lambda reports: library.check(functions.baton_report(team, library.isa, reports)),
+        ),
     }
     noise = torch.Generator().manual_seed(0)
     records: list[Record] = []

@@ -15,6 +15,7 @@ from transformers.utils import logging
 import demo_model
 from baton import cores
 from baton.errors import ModelError
+from baton.plots import pyplot
 from engine import ceilings
 from engine.bench import beside, plots
 from engine.bench.backends import backend_of, load, weights_of
@@ -49,6 +50,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Measure, print, and write what `options` asks for. Raises ModelError and ConfigError."""
+    if options.plots and options.out is not None:
+        pyplot()  # raises now, not when all is measured
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     console = Console(stderr=True)
     records: list[Record] = []

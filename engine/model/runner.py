@@ -108,7 +108,7 @@ class TorchExecutor:
             output = self.model.forward(batch, self.pool)
             sampled = _sample(plan.chunks, rows, output, self._choice)
             prompt = tuple(
-                prompt_logprobs_of(chunk, wanted, output.logits)
+                prompt_logprobs_of(chunk, wanted, output.logits, self._choice)
                 for chunk, wanted in zip(plan.chunks, rows, strict=True)
             )
         return sampled, prompt
@@ -160,7 +160,9 @@ def _draw(
     return sampler.sample(logits, sequences, choice)
 
 
-def prompt_logprobs_of(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[Logprob, ...]:
+def prompt_logprobs_of(
+    chunk: Chunk, rows: ChunkRows, logits: Tensor, choice: sampler.Choice = sampler.choose
+) -> tuple[Logprob, ...]:
     """Logprobs of the prompt tokens that the chunk's rows predict, if they are asked for."""
     alternatives = chunk.sequence.request.prompt_logprobs
     if alternatives is None or not rows.prompt:
@@ -168,7 +170,7 @@ def prompt_logprobs_of(chunk: Chunk, rows: ChunkRows, logits: Tensor) -> tuple[L
     first = chunk.start + 1
     targets = chunk.sequence.tokens[first : first + len(rows.prompt)]
     return sampler.prompt_logprobs(
-        logits[rows.prompt.start : rows.prompt.stop], targets, alternatives
+        logits[rows.prompt.start : rows.prompt.stop], targets, alternatives, choice
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ class Choice(Protocol):
         ...
 
 
+@runtime_checkable
+class Reporter(Protocol):
+    """A Choice that also gives log probabilities in its own way, as `torch_logprobs` does."""
+
+    def logprobs(
+        self, logits: Tensor, places: list[int], targets: list[int], alternatives: list[int]
+    ) -> list[Logprob]:
+        """Logprob of each target under row `places[i]` of the logits [*, vocab], with that many
+        alternatives, the likeliest first and the lowest token first where logits tie."""
+        ...
+
+
 @torch.inference_mode()
 def choose(scores: Tensor, sequences: list[Sequence]) -> list[int]:
     """The Choice for any device."""
@@ -65,12 +77,24 @@ def sample(logits: Tensor, sequences: list[Sequence], choice: Choice = choose) -
     """
     if all(is_plain_greedy(sequence) for sequence in sequences):
         return pick(best_tokens(logits), sequences)
-    scores = logits
-    if any(map(needs_adjustment, sequences)):
-        scores = adjust(finite(logits), sequences)
-    tokens = _possible(choice(scores, sequences), sequences)
-    reports = _reports(logits, tokens, sequences)
+    tokens = _possible(_choose(logits, sequences, choice), sequences)
+    reports = _reports(logits, tokens, sequences, choice)
     return [Sampled(token, reports.get(row)) for row, token in enumerate(tokens)]
+
+
+def _choose(logits: Tensor, sequences: list[Sequence], choice: Choice) -> list[int]:
+    """A token for each row, of its adjusted logits where a sequence asks for that. Those take the
+    place of the others in the tensor for as long as that lasts: only they are copied."""
+    rows = [row for row, sequence in enumerate(sequences) if needs_adjustment(sequence)]
+    if not rows:
+        return choice(logits, sequences)
+    scores = logits.float()
+    raw = scores[rows]
+    scores[rows] = adjust(finite(raw), [sequences[row] for row in rows])
+    try:
+        return choice(scores, sequences)
+    finally:
+        scores[rows] = raw
 
 
 def pick(best: Tensor, sequences: list[Sequence]) -> list[Sampled]:
@@ -79,9 +103,14 @@ def pick(best: Tensor, sequences: list[Sequence]) -> list[Sampled]:
 
 
 @torch.inference_mode()
-def prompt_logprobs(logits: Tensor, targets: list[int], alternatives: int) -> tuple[Logprob, ...]:
+def prompt_logprobs(
+    logits: Tensor, targets: list[int], alternatives: int, choice: Choice = choose
+) -> tuple[Logprob, ...]:
     """Log probability of `targets[i]` under row i of the logits [len(targets), vocab]."""
-    return _logprobs(logits, targets, [alternatives] * len(targets))
+    if not targets:
+        return ()
+    places, wanted = list(range(len(targets))), [alternatives] * len(targets)
+    return tuple(_logprobs(logits, places, targets, wanted, choice))
 
 
 def is_plain_greedy(sequence: Sequence) -> bool:
@@ -136,7 +165,9 @@ def _last_resort(sequence: Sequence) -> int:
     return (*possible, *allowed, 0)[0]
 
 
-def _reports(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> dict[int, Logprob]:
+def _reports(
+    logits: Tensor, tokens: list[int], sequences: list[Sequence], choice: Choice
+) -> dict[int, Logprob]:
     """Logprobs of the chosen tokens, by row, for the requests that ask for them."""
     wanted = {
         row: sequence.request.logprobs
@@ -146,17 +177,27 @@ def _reports(logits: Tensor, tokens: list[int], sequences: list[Sequence]) -> di
     if not wanted:
         return {}
     rows = list(wanted)
-    reports = _logprobs(logits[rows], [tokens[row] for row in rows], list(wanted.values()))
+    targets = [tokens[row] for row in rows]
+    reports = _logprobs(logits, rows, targets, list(wanted.values()), choice)
     return dict(zip(rows, reports, strict=True))
 
 
-def _logprobs(logits: Tensor, targets: list[int], alternatives: list[int]) -> tuple[Logprob, ...]:
-    """Logprob of each row's target, with the row's own number of alternatives."""
+def _logprobs(
+    logits: Tensor, places: list[int], targets: list[int], alternatives: list[int], choice: Choice
+) -> list[Logprob]:
+    own = choice.logprobs if isinstance(choice, Reporter) else torch_logprobs
+    return own(logits, places, targets, alternatives)
+
+
+def torch_logprobs(
+    logits: Tensor, places: list[int], targets: list[int], alternatives: list[int]
+) -> list[Logprob]:
+    """What Reporter says, on any device."""
     reports: list[Logprob] = []
     for start in range(0, len(targets), _LOGPROB_ROWS):
         rows = slice(start, start + _LOGPROB_ROWS)
-        reports += _logprob_rows(logits[rows], targets[rows], alternatives[rows])
-    return tuple(reports)
+        reports += _logprob_rows(logits[places[rows]], targets[rows], alternatives[rows])
+    return reports
 
 
 def _logprob_rows(logits: Tensor, targets: list[int], alternatives: list[int]) -> list[Logprob]:
@@ -164,19 +205,20 @@ def _logprob_rows(logits: Tensor, targets: list[int], alternatives: list[int]) -
     total = scores.logsumexp(dim=-1, keepdim=True)
     chosen = scores.gather(-1, torch.tensor(targets, device=scores.device)[:, None])
     ranks = (scores > chosen).sum(dim=-1) + 1
-    top = scores.topk(min(max(alternatives), scores.shape[-1]), dim=-1)
+    values, indices = _likeliest(scores, min(max(alternatives), scores.shape[-1]))
 
     def logprob(values: Tensor) -> list[list[float]]:
         # A row without any possible token has no distribution: -inf for all of it.
-        shares: list[list[float]] = (values - total).nan_to_num(nan=-math.inf).tolist()
-        return shares
+        shares = (values - total).nan_to_num(nan=-math.inf, neginf=-math.inf)
+        told: list[list[float]] = shares.tolist()
+        return told
 
     columns = zip(
         targets,
         logprob(chosen),
         ranks.tolist(),
-        top.indices.tolist(),
-        logprob(top.values),
+        indices.tolist(),
+        logprob(values),
         alternatives,
         strict=True,
     )
@@ -184,3 +226,19 @@ def _logprob_rows(logits: Tensor, targets: list[int], alternatives: list[int]) -
         Logprob(token, own, rank, tuple(zip(ids[:count], shares[:count], strict=True)))
         for token, (own,), rank, ids, shares, count in columns
     ]
+
+
+def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest scores of each row and their tokens, the lowest token first where some tie:
+    [S, count]. `topk` leaves open which of those that tie it takes."""
+    if count == 0:
+        none = scores[:, :0]
+        return none, none.long()
+    values, indices = scores.topk(count, dim=-1)
+    enough = (scores >= values[:, -1:]).sum(dim=-1) == count
+    clear = enough & (values[:, 1:] < values[:, :-1]).all(dim=-1)
+    for row in (~clear).nonzero().flatten().tolist():
+        among = (scores[row] >= values[row, -1]).nonzero().flatten()
+        order = scores[row, among].sort(descending=True, stable=True).indices[:count]
+        indices[row] = among[order]
+    return values, indices

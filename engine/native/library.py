@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.util
 import logging
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
@@ -17,6 +18,8 @@ from pathlib import Path
 from baton.errors import ConfigError, ModelError
 
 _logger = logging.getLogger(__name__)
+
+_HEADER = Path(__file__).parent / "src" / "baton.h"  # not there where only the built package is
 
 
 class Format(IntEnum):
@@ -135,6 +138,24 @@ class DrawsView(Structure):
     )
 
 
+class ReportsView(Structure):
+    """BatonReports: addresses of one call's arrays, which must live until it is over."""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("vocabulary", c_int32),
+        ("width", c_int32),
+        ("logits", c_void_p),
+        ("places", c_void_p),
+        ("targets", c_void_p),
+        ("counts", c_void_p),
+        ("shares", c_void_p),
+        ("ranks", c_void_p),
+        ("top_tokens", c_void_p),
+        ("top_shares", c_void_p),
+    )
+
+
 class Times(Structure):
     """BatonTimes: seconds of a pass by part."""
 
@@ -154,10 +175,12 @@ class Times(Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "baton_error": (c_char_p, ()),
+    "baton_abi": (c_char_p, ()),
     "baton_isa": (c_int32, ()),
     "baton_isa_name": (c_char_p, (c_int32,)),
     "baton_team_new": (c_void_p, (c_int32, POINTER(c_int32))),
     "baton_team_free": (None, (c_void_p,)),
+    "baton_team_use": (None, (c_void_p, c_int32)),
     "baton_model_new": (c_void_p, (POINTER(Shape), c_void_p, c_int32)),
     "baton_model_free": (None, (c_void_p,)),
     "baton_model_pack": (
@@ -177,19 +200,25 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         ),
     ),
     "baton_sample": (c_int32, (c_void_p, c_int32, POINTER(DrawsView))),
+    "baton_report": (c_int32, (c_void_p, c_int32, POINTER(ReportsView))),
     "baton_read_bandwidth": (c_double, (c_void_p, c_int64, c_int32)),
 }  # fmt: skip
 
 
 class Library:
-    """The functions of one loaded library. Raises OSError or AttributeError if the file is none."""
+    """The functions of one loaded library."""
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError or AttributeError if the file is none, ValueError if it was built from
+        another baton.h than the one that is here."""
         self.path = path
         self.functions = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self.functions, name)
             function.restype, function.argtypes = result, arguments
+        abi: bytes = self.functions.baton_abi()
+        if _HEADER.exists() and abi.decode() != _abi_of(_HEADER):
+            raise ValueError("built from other sources than these; build it again (make install)")
         self.isa = Isa(self.functions.baton_isa())  # the best one of this machine
 
     def isa_name(self, isa: Isa) -> str:
@@ -218,6 +247,11 @@ class Library:
                 f"--instruction-set {name}: this machine has {self.isa_name(self.isa)}"
             )
         return wanted
+
+
+def _abi_of(header: Path) -> str:
+    """As setup.py names it."""
+    return hashlib.sha256(header.read_bytes()).hexdigest()[:16]
 
 
 @functools.cache

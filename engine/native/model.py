@@ -67,9 +67,13 @@ class CompiledLlama:
         self._step = CompiledStep(
             lib, _shape(config, shape, options), threads=options.threads, isa=options.isa
         )
-        self.choice = CompiledChoice(self._step.sample)
+        self.choice = CompiledChoice(self._step.sample, self._step.report)
         self._block_size = options.block_size
         _Packer(self._step, checkpoint, config, shape).pack()
+
+    def use_threads(self, count: int) -> None:
+        """Let so many of its threads compute from now on."""
+        self._step.use(count)
 
     @property
     def packed_bytes(self) -> int:

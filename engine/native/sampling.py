@@ -1,4 +1,5 @@
-"""Choosing tokens in the compiled library: what `sampler.choose` does, a row per thread."""
+"""Choosing tokens in the compiled library, and their log probabilities: what sampler.py does in
+torch, a row per thread."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from baton.types import Logprob
 from engine.model.logits import COLDEST
-from engine.native.library import DrawsView
+from engine.native.library import DrawsView, ReportsView
 from scheduling.sequence import Sequence
 
 _LOW_32 = 0xFFFFFFFF
@@ -19,15 +21,18 @@ _LOW_64 = 0xFFFFFFFFFFFFFFFF
 
 
 class CompiledChoice:
-    """A Choice (engine/model/sampler.py) for logits in main memory.
+    """A Choice (engine/model/sampler.py) for logits in main memory that reports, too.
 
     The same tokens as torch's, but where rounding decides: a token whose cumulative mass is top_p
     to the last digits, or two candidates that tie.
     """
 
-    def __init__(self, run: Callable[[DrawsView], None]) -> None:
-        """`run` calls `baton_sample`."""
+    def __init__(
+        self, run: Callable[[DrawsView], None], report: Callable[[ReportsView], None]
+    ) -> None:
+        """`run` calls `baton_sample`, `report` calls `baton_report`."""
         self._run = run
+        self._report = report
 
     def __call__(self, scores: Tensor, sequences: list[Sequence]) -> list[int]:
         """As the protocol says."""
@@ -56,3 +61,47 @@ class CompiledChoice:
         )
         chosen: list[int] = tokens.tolist()
         return chosen
+
+    def logprobs(
+        self, logits: Tensor, places: list[int], targets: list[int], alternatives: list[int]
+    ) -> list[Logprob]:
+        """As the protocol Reporter says."""
+        logits = logits.float().contiguous()
+        rows, vocabulary = len(places), logits.shape[-1]
+        counts = [min(count, vocabulary) for count in alternatives]
+        width = max(counts)
+        given: dict[str, NDArray[Any]] = {
+            "places": np.array(places, np.int64),
+            "targets": np.array(targets, np.int64),
+            "counts": np.array(counts, np.int32),
+        }
+        shares, top_shares = np.empty(rows, np.float32), np.empty((rows, width), np.float32)
+        ranks, top_tokens = np.empty(rows, np.int64), np.empty((rows, width), np.int64)
+        written = {
+            "shares": shares,
+            "ranks": ranks,
+            "top_tokens": top_tokens,
+            "top_shares": top_shares,
+        }
+        self._report(
+            ReportsView(
+                rows=rows,
+                vocabulary=vocabulary,
+                width=width,
+                logits=logits.data_ptr(),
+                **{name: array.ctypes.data for name, array in (given | written).items()},
+            )
+        )
+        columns = zip(
+            targets,
+            shares.tolist(),
+            ranks.tolist(),
+            top_tokens.tolist(),
+            top_shares.tolist(),
+            counts,
+            strict=True,
+        )
+        return [
+            Logprob(token, own, rank, tuple(zip(ids[:count], likely[:count], strict=True)))
+            for token, own, rank, ids, likely, count in columns
+        ]

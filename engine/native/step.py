@@ -17,6 +17,7 @@ from engine.native.library import (
     Isa,
     Library,
     Matrix,
+    ReportsView,
     Shape,
     Times,
     Vector,
@@ -97,6 +98,15 @@ class CompiledStep:
     def run(self, batch: BatchView, times: Times | None = None) -> None:
         """One pass; other Python threads go on meanwhile. Raises RuntimeError if it fails."""
         if self._functions.baton_step(self._model, batch, times) != 0:
+            raise RuntimeError(f"compiled backend: {self._library.error()}")
+
+    def use(self, threads: int) -> None:
+        """Let so many of its threads take part from now on, at least one; the others sleep."""
+        self._functions.baton_team_use(self._team, threads)
+
+    def report(self, reports: ReportsView) -> None:
+        """Log probabilities, on the same threads. Raises RuntimeError if that fails."""
+        if self._functions.baton_report(self._team, self._isa, reports) != 0:
             raise RuntimeError(f"compiled backend: {self._library.error()}")
 
     def sample(self, draws: DrawsView) -> None:

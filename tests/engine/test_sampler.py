@@ -24,7 +24,7 @@ from transformers import (
 
 from baton.types import Request, Sampling, Stopping
 from engine.model.logits import adjust, finite, warp
-from engine.model.sampler import prompt_logprobs, sample
+from engine.model.sampler import prompt_logprobs, sample, torch_logprobs
 from scheduling.sequence import Sequence
 
 VOCAB = 600  # more than two blocks of the draw, and not a multiple of one
@@ -388,3 +388,47 @@ def test_a_row_without_any_possible_token_ends_if_it_may_and_harms_no_other(
 
 def test_an_empty_batch_gives_nothing() -> None:
     assert sample(torch.zeros(0, VOCAB), []) == []
+
+
+def test_logits_that_requests_adjust_are_left_as_they_were() -> None:
+    logits = some_logits(3)
+    before = logits.clone()
+    penal = Sampling(temperature=0.7, repetition_penalty=1.5, seed=3)
+    sequences = [a_sequence(), a_sequence(penal, logprobs=2), a_sequence(Sampling(seed=4))]
+    sample(logits, sequences)
+    assert torch.equal(logits, before)
+
+
+def test_only_rows_that_need_it_are_copied_for_penalties() -> None:
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def choice(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+        seen.append((scores.data_ptr(), scores.clone()))
+        return [0] * len(sequences)
+
+    logits = some_logits(3)
+    penal = Sampling(temperature=0.7, logit_bias=((5, 2.0),))
+    sample(logits, [a_sequence(Sampling()), a_sequence(penal), a_sequence(Sampling())], choice)
+    ((place, scores),) = seen
+    assert place == logits.data_ptr()
+    change = scores - logits
+    assert change[1, 5] == pytest.approx(2.0)
+    change[1, 5] = 0
+    assert not change.any()
+
+
+def test_likeliest_tokens_that_tie_are_told_lowest_first() -> None:
+    logits = torch.zeros(2, 5000)
+    logits[0, [4000, 3, 2000]] = 1.0
+    logits[1] = torch.arange(5000.0)
+    first, second = torch_logprobs(logits, [0, 1], [2000, 0], [5, 2])
+    assert [token for token, _ in first.top] == [3, 2000, 4000, 0, 1]
+    assert (first.rank, second.rank) == (1, 5000)
+    assert [token for token, _ in second.top] == [4999, 4998]
+
+
+def test_a_token_that_is_impossible_beside_others_has_no_probability() -> None:
+    logits = some_logits(1)
+    logits[0, 7] = -math.inf
+    (report,) = torch_logprobs(logits, [0], [7], [1])
+    assert report.logprob == -math.inf

@@ -89,6 +89,8 @@ struct BatonModel;
 
 // The last error of this thread, for people.
 BATON_EXPORT const char* baton_error();
+// What this file was when the library was built, as setup.py names it; empty where that is not known.
+BATON_EXPORT const char* baton_abi();
 // The best instruction set of this machine, and its name.
 BATON_EXPORT int32_t baton_isa();
 BATON_EXPORT const char* baton_isa_name(int32_t isa);
@@ -97,6 +99,8 @@ BATON_EXPORT const char* baton_isa_name(int32_t isa);
 // pinned, or null to leave that to the kernel.
 BATON_EXPORT BatonTeam* baton_team_new(int32_t threads, const int32_t* cpus);
 BATON_EXPORT void baton_team_free(BatonTeam*);
+// Let so many of the team's threads take part in what follows, at least one; the others sleep.
+BATON_EXPORT void baton_team_use(BatonTeam*, int32_t threads);
 
 // Null where the shape or the instruction set cannot be served.
 BATON_EXPORT BatonModel* baton_model_new(const BatonShape*, BatonTeam*, int32_t isa);
@@ -145,3 +149,22 @@ struct BatonDraws {
 
 // Choose the tokens, rows shared out over the team.
 BATON_EXPORT int32_t baton_sample(BatonTeam*, int32_t isa, const BatonDraws*);
+
+// Log probabilities of tokens, and of the likeliest ones, under rows of logits. NaN and inf count as
+// above; a row in which no token is possible gives -inf for all.
+struct BatonReports {
+  int32_t rows;             // R
+  int32_t vocabulary;       // V
+  int32_t width;            // K, the most that a row asks for
+  const float* logits;      // [*, V]
+  const int64_t* places;    // [R], rows of `logits`
+  const int64_t* targets;   // [R], tokens
+  const int32_t* counts;    // [R], how many of the likeliest, from 0 to min(K, V)
+  float* shares;            // [R], log probability of the target
+  int64_t* ranks;           // [R], 1 + how many tokens have a larger logit
+  int64_t* top_tokens;      // [R, K], the likeliest first, the lowest first where logits tie
+  float* top_shares;        // [R, K]
+};
+
+// Fill in the last four, rows shared out over the team.
+BATON_EXPORT int32_t baton_report(BatonTeam*, int32_t isa, const BatonReports*);

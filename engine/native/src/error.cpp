@@ -18,4 +18,10 @@ int fail(std::string message) {
 
 }  // namespace baton
 
+#ifndef BATON_ABI
+#define BATON_ABI ""
+#endif
+
+const char* baton_abi() { return BATON_ABI; }
+
 const char* baton_error() { return baton::last_error.c_str(); }

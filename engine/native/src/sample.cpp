@@ -9,6 +9,7 @@
 #include <limits>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "error.h"
 #include "isa.h"
@@ -88,6 +89,16 @@ class Row {
     return b * kBlock + (std::find(block(b), block(b) + kBlock, most_) - block(b));
   }
 
+  // Log probabilities: `add` is called with the likeliest tokens, best first, and theirs.
+  template <typename Add>
+  void report(int64_t target, int64_t count, float* share, int64_t* rank, Add add) {
+    double total = log_of_sum();
+    float chosen = at(target);
+    *share = share_of(chosen, total);
+    *rank = 1 + larger_than(chosen);
+    for (auto [value, token] : likeliest(count)) add(token, share_of(value, total));
+  }
+
   // For most() > -inf.
   int64_t draw(float temperature, int64_t top_k, float top_p, double min_p, const Philox& philox) {
     temperature_ = temperature;
@@ -126,6 +137,64 @@ class Row {
     x_ = space_.row;
   }
 
+  float at(int64_t token) const { return block(token / kBlock)[token % kBlock]; }
+
+  // Of the exponentials of all logits.
+  double log_of_sum() {
+    if (most_ == -kInfinity) return most_;
+    floor_ = -FLT_MAX;
+    weigh();
+    double total = 0;
+    for (int64_t b = 0; b < space_.blocks; b++) total += space_.sums[b];
+    return most_ + std::log(total);
+  }
+
+  static float share_of(float x, double log_total) {
+    return x == -kInfinity ? x : static_cast<float>(x - log_total);
+  }
+
+  int64_t larger_than(float x) const {
+    int64_t count = 0;
+    for (int64_t b = 0; b < space_.blocks; b++) {
+      if (!(space_.maxima[b] > x)) continue;
+      const float* values = block(b);
+      int32_t here = 0;
+      for (int i = 0; i < kBlock; i++) here += values[i] > x;
+      count += here;
+    }
+    return count;
+  }
+
+  // The k-th largest is no less than the k-th largest of the blocks' maxima.
+  float floor_of_ranks(int64_t k) const {
+    if (k < 1 || k > space_.blocks) return -kInfinity;
+    float* order = space_.order;
+    std::copy_n(space_.maxima, space_.blocks, order);
+    std::nth_element(order, order + (k - 1), order + space_.blocks, std::greater<>());
+    return order[k - 1];
+  }
+
+  // Values and tokens of the `count` largest logits, the lowest token first where they tie.
+  std::vector<std::pair<float, int64_t>> likeliest(int64_t count) const {
+    std::vector<std::pair<float, int64_t>> found;
+    if (count < 1) return found;
+    float low = floor_of_ranks(count);
+    for (int64_t b = 0; b < space_.blocks; b++) {
+      if (space_.maxima[b] < low) continue;
+      const float* values = block(b);
+      int64_t end = std::min<int64_t>(kBlock, vocabulary_ - b * kBlock);
+      for (int64_t i = 0; i < end; i++)
+        if (values[i] >= low) found.emplace_back(values[i], b * kBlock + i);
+    }
+    auto before = [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    };
+    auto end = found.begin() + std::min<int64_t>(count, static_cast<int64_t>(found.size()));
+    std::partial_sort(found.begin(), end, found.end(), before);
+    found.erase(end, found.end());
+    return found;
+  }
+
   // Keep what scores no less than `edge`, at most 0.
   void keep_from(float edge) {
     int64_t low = key_of(-FLT_MAX) - int64_t{1}, high = key_of(most_);  // high is kept
@@ -138,15 +207,8 @@ class Row {
 
   void cut_scores(double min_p) { keep_from(std::min(static_cast<float>(std::log(min_p)), 0.0f)); }
 
-  // The k-th largest is no less than the k-th largest of the blocks' maxima.
   void cut_ranks(int64_t top_k) {
-    float low = floor_;
-    if (top_k <= space_.blocks) {
-      float* order = space_.order;
-      std::copy_n(space_.maxima, space_.blocks, order);
-      std::nth_element(order, order + (top_k - 1), order + space_.blocks, std::greater<>());
-      low = std::max(low, order[top_k - 1]);
-    }
+    float low = std::max(floor_, floor_of_ranks(top_k));
     for (int64_t b = 0; b < space_.blocks; b++)
       if (space_.maxima[b] >= low) std::fill_n(space_.weights + b * kBlock, kBlock, 1.0f);
     int64_t count = collect(low);
@@ -269,27 +331,59 @@ int64_t token_of(const SampleKernels& kernels, Space& space, const BatonDraws& d
   return row.draw(draws.temperatures[r], draws.top_ks[r], draws.top_ps[r], draws.min_ps[r], philox);
 }
 
+void report_row(const SampleKernels& kernels, Space& space, const BatonReports& reports, int r) {
+  const float* x = reports.logits + reports.places[r] * reports.vocabulary;
+  int64_t next = int64_t{r} * reports.width;
+  Row(kernels, space, x, reports.vocabulary)
+      .report(reports.targets[r], reports.counts[r], reports.shares + r, reports.ranks + r,
+              [&](int64_t token, float share) {
+                reports.top_tokens[next] = token;
+                reports.top_shares[next++] = share;
+              });
+}
+
+// Calls work(space, row) for every row, on the threads of the team.
+template <typename Work>
+int32_t for_rows(Team& team, int rows, int64_t vocabulary, int32_t isa, Work work) {
+  if (isa < BATON_PORTABLE || isa > best_isa())
+    return fail("this machine lacks the instruction set " + std::string(baton_isa_name(isa)));
+  if (vocabulary <= 0) return fail("nothing to choose from");
+  std::atomic<bool> failed{false};
+  auto some = [&](auto next) {
+    try {
+      Space space(vocabulary);
+      for (int row; (row = next()) >= 0;) work(space, row);
+    } catch (const std::exception&) {
+      failed = true;
+    }
+  };
+  if (rows == 1)  // not worth waking anyone
+    some([row = 0]() mutable { return row-- == 0 ? 0 : -1; });
+  else
+    team.run([&](int) { some([&] { return team.next(rows); }); });
+  return failed ? fail("not enough memory to sample") : 0;
+}
+
 }  // namespace
 }  // namespace baton
 
 int32_t baton_sample(BatonTeam* team, int32_t isa, const BatonDraws* draws) {
   using namespace baton;
-  if (isa < BATON_PORTABLE || isa > best_isa())
-    return fail("this machine lacks the instruction set " + std::string(baton_isa_name(isa)));
-  if (draws->vocabulary <= 0) return fail("nothing to choose from");
   const SampleKernels& kernels = sample_kernels(static_cast<BatonIsa>(isa));
-  std::atomic<bool> failed{false};
-  auto work = [&](auto next) {
-    try {
-      Space space(draws->vocabulary);
-      for (int row; (row = next()) >= 0;) draws->tokens[row] = token_of(kernels, space, *draws, row);
-    } catch (const std::exception&) {
-      failed = true;
-    }
-  };
-  if (draws->rows == 1)  // not worth waking anyone
-    work([row = 0]() mutable { return row-- == 0 ? 0 : -1; });
-  else
-    team->team.run([&](int) { work([&] { return team->team.next(draws->rows); }); });
-  return failed ? fail("not enough memory to sample") : 0;
+  return for_rows(team->team, draws->rows, draws->vocabulary, isa, [&](Space& space, int row) {
+    draws->tokens[row] = token_of(kernels, space, *draws, row);
+  });
+}
+
+int32_t baton_report(BatonTeam* team, int32_t isa, const BatonReports* reports) {
+  using namespace baton;
+  for (int r = 0; r < reports->rows; r++) {
+    if (reports->targets[r] < 0 || reports->targets[r] >= reports->vocabulary)
+      return fail("a token that is not in the vocabulary");
+    if (reports->counts[r] > std::min(reports->width, reports->vocabulary))
+      return fail("more tokens wanted than there is room for");
+  }
+  const SampleKernels& kernels = sample_kernels(static_cast<BatonIsa>(isa));
+  return for_rows(team->team, reports->rows, reports->vocabulary, isa,
+                  [&](Space& space, int row) { report_row(kernels, space, *reports, row); });
 }

@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -22,6 +23,7 @@ namespace {
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kPauses = 32;  // between two looks at the clock
 constexpr int kYields = 64;
+constexpr uint32_t kMostThreads = 0xfff;
 
 void pause() {
 #if defined(__x86_64__)
@@ -86,17 +88,20 @@ thread_local bool serving = false;  // else this is a caller of `run`
 }  // namespace
 
 struct Team::State {
-  State(int count, bool pinned) : count(count), pinned(pinned), spin(count <= processors()) {}
+  State(int count, bool pinned)
+      : count(count), pinned(pinned), spin(count <= processors()), active(count) {}
 
   const int count;
   const bool pinned;
   const bool spin;  // else the threads share processors, and waiting in a loop keeps others out
   int caller_processor = -1;  // which the other threads keep off
   const std::function<void(int)>* work = nullptr;
-  bool leaving = false;
+  int active;  // threads in a run; changes between runs
   std::vector<std::thread> threads;
   // Each on a cache line of its own: some are written while all look at others.
-  alignas(64) std::atomic<int> runs{0};      // changes when there is work
+  // Changes when there is work: the number of the run, and in the lowest bits how many take part,
+  // none of them to leave. One number, so that who looks late does not mistake one run for another.
+  alignas(64) std::atomic<uint32_t> runs{0};
   alignas(64) std::atomic<int> meetings{0};  // changes when all have met
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> ticket{0};
@@ -106,7 +111,7 @@ struct Team::State {
   // that processor never looks too busy, while each step takes twice its time.
   void spread() {
 #if defined(__linux__)
-    if (pinned || !spin || count == 1) return;
+    if (pinned || !spin || active == 1) return;
     int here = processor_here();
     if (here == caller_processor || here < 0) return;
     cpu_set_t set;
@@ -119,12 +124,12 @@ struct Team::State {
   }
 
   void meet(bool caller) {
-    if (count == 1) {
+    if (active == 1) {
       ticket.store(0, std::memory_order_relaxed);
       return;
     }
     int meeting = meetings.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < count) {
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 < active) {
       if (wait_for_change(meetings, meeting, spin) && caller) spread();
       return;
     }
@@ -136,23 +141,25 @@ struct Team::State {
 
   void serve(int thread) {
     serving = true;
-    for (int seen = 0;;) {
+    for (uint32_t seen = 0;;) {
       runs.wait(seen, std::memory_order_acquire);
-      seen++;
-      if (leaving) return;
+      seen = runs.load(std::memory_order_acquire);
+      uint32_t taking_part = seen & kMostThreads;
+      if (taking_part == 0) return;
+      if (static_cast<uint32_t>(thread) >= taking_part) continue;
       (*work)(thread);
       meet(false);
     }
   }
 
-  void wake() {
-    runs.fetch_add(1, std::memory_order_release);
+  void wake(int taking_part) {
+    uint32_t next = (runs.load(std::memory_order_relaxed) | kMostThreads) + 1;
+    runs.store(next | static_cast<uint32_t>(taking_part), std::memory_order_release);
     runs.notify_all();
   }
 
   void leave() {
-    leaving = true;
-    wake();
+    wake(0);
     for (std::thread& thread : threads) thread.join();
   }
 };
@@ -171,12 +178,14 @@ Team::Team(int threads, const int32_t* cpus) : state_(std::make_unique<State>(th
 
 Team::~Team() { state_->leave(); }
 
-int Team::threads() const { return state_->count; }
+int Team::threads() const { return state_->active; }
+
+void Team::use(int threads) { state_->active = std::clamp(threads, 1, state_->count); }
 
 void Team::run(const std::function<void(int)>& work) {
   state_->work = &work;
   state_->spread();
-  if (state_->count > 1) state_->wake();
+  if (state_->active > 1) state_->wake(state_->active);
   work(0);
   state_->meet(true);
 }
@@ -186,7 +195,7 @@ void Team::meet() { state_->meet(!serving); }
 int Team::next(int count) {
   std::atomic<int>& ticket = state_->ticket;
   int mine;
-  if (state_->count == 1) {
+  if (state_->active == 1) {
     mine = ticket.load(std::memory_order_relaxed);
     ticket.store(mine + 1, std::memory_order_relaxed);
   } else {
@@ -198,8 +207,8 @@ int Team::next(int count) {
 }  // namespace baton
 
 BatonTeam* baton_team_new(int32_t threads, const int32_t* cpus) {
-  if (threads < 1) {
-    baton::fail("a team needs a thread");
+  if (threads < 1 || static_cast<uint32_t>(threads) > baton::kMostThreads) {
+    baton::fail("a team needs a thread, and not thousands");
     return nullptr;
   }
   try {
@@ -211,3 +220,5 @@ BatonTeam* baton_team_new(int32_t threads, const int32_t* cpus) {
 }
 
 void baton_team_free(BatonTeam* team) { delete team; }
+
+void baton_team_use(BatonTeam* team, int32_t threads) { team->team.use(threads); }

@@ -22,7 +22,12 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
+  // How many take part in a run: all of them, until `use` says otherwise.
   int threads() const;
+
+  // Between runs: the first `threads` of them take part in what follows, at least one and at most all.
+  // The others sleep.
+  void use(int threads);
 
   // Call work(thread) on every thread, and return when all are done. Not from inside itself.
   // Exceptions must not leave `work`.

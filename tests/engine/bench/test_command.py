@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from baton.errors import ConfigError
 from engine import ceilings
 from engine.bench.command import Options, run
 from engine.bench.records import load, points
@@ -90,3 +92,22 @@ def test_a_family_whose_work_is_not_counted_is_timed_all_the_same(
         (None, None, None, None)
     }
     assert not list(out.glob("*.png"))
+
+
+def test_without_matplotlib_nothing_is_measured(
+    ran: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importing = builtins.__import__
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name == "matplotlib":
+            raise ImportError(name)
+        return importing(name, *rest)
+
+    def measured(*_: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr("engine.bench.command._measure", measured)
+    with pytest.raises(ConfigError, match=r"baton-serve\[bench\]"):
+        ran("llama")

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator
-from ctypes import c_double, c_float, c_int32, c_int64
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_uint64
 from enum import IntEnum
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from engine.native import library
 from engine.native.library import (
     Activation,
     BatchView,
+    DrawsView,
     Format,
     Isa,
     Library,
     Matrix,
+    ReportsView,
     Shape,
     Times,
     Vector,
@@ -31,7 +33,14 @@ from engine.native.library import (
 from tests.engine.conftest import COMPILED
 
 _SOURCE = Path(library.__file__).parent / "src" / "baton.h"
-_SCALARS = {"int32_t": c_int32, "int64_t": c_int64, "float": c_float, "double": c_double}
+_SCALARS = {
+    "uint32_t": c_uint32,
+    "uint64_t": c_uint64,
+    "int32_t": c_int32,
+    "int64_t": c_int64,
+    "float": c_float,
+    "double": c_double,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,14 @@ def test_enumerations_are_those_of_the_header(kind: type[IntEnum], header: str) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(Shape, "Shape"), (BatchView, "Batch"), (Times, "Times")]
+    ("kind", "name"),
+    [
+        (Shape, "Shape"),
+        (BatchView, "Batch"),
+        (DrawsView, "Draws"),
+        (ReportsView, "Reports"),
+        (Times, "Times"),
+    ],
 )
 def test_structures_are_those_of_the_header(
     kind: type[ctypes.Structure], name: str, header: str
@@ -104,6 +120,28 @@ def test_a_library_that_cannot_be_loaded_is_none_and_logged(
     with caplog.at_level(logging.WARNING):
         assert load() is None
     assert str(broken) in caplog.text
+
+
+@COMPILED
+@pytest.mark.usefixtures("_unloaded")
+def test_a_library_of_another_header_than_the_one_here_is_none_and_logged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = tmp_path / "baton.h"
+    newer.write_text(_SOURCE.read_text() + "// and one more field")
+    monkeypatch.setattr(library, "_HEADER", newer)
+    with caplog.at_level(logging.WARNING):
+        assert load() is None
+    assert "built from other sources" in caplog.text
+
+
+@COMPILED
+@pytest.mark.usefixtures("_unloaded")
+def test_a_library_without_its_header_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "_HEADER", tmp_path / "baton.h")
+    assert load() is not None
 
 
 @pytest.fixture

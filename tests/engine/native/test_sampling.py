@@ -10,15 +10,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from baton.types import Sampling
-from engine.model.sampler import Choice, choose, sample
+from baton.errors import ModelError
+from baton.types import Logprob, Sampling
+from engine.model.sampler import choose, sample, torch_logprobs
 from engine.native.library import Isa, Library
 from engine.native.sampling import CompiledChoice
 from scheduling.sequence import Sequence
 from tests.engine.native.conftest import TeamOf
 from tests.engine.test_sampler import a_sequence, distribution, some_logits
 
-ChoiceOf = Callable[..., Choice]
+ChoiceOf = Callable[..., CompiledChoice]
 
 # Those with kernels of their own; the others sample with AVX-512.
 ISAS = (Isa.PORTABLE, Isa.AVX2, Isa.AVX512)
@@ -28,11 +29,14 @@ ISAS = (Isa.PORTABLE, Isa.AVX2, Isa.AVX512)
 def choice(library: Library, team: TeamOf) -> ChoiceOf:
     """The compiled choice of an instruction set and a number of threads."""
 
-    def of(isa: Isa = library.isa, threads: int = 2) -> Choice:
+    def of(isa: Isa = library.isa, threads: int = 2) -> CompiledChoice:
         if isa > library.isa:
             pytest.skip(f"this machine lacks {library.isa_name(isa)}")
-        function = library.functions.baton_sample
-        return CompiledChoice(lambda draws: library.check(function(team(threads), isa, draws)))
+        functions, threads_of = library.functions, team(threads)
+        return CompiledChoice(
+            lambda draws: library.check(functions.baton_sample(threads_of, isa, draws)),
+            lambda reports: library.check(functions.baton_report(threads_of, isa, reports)),
+        )
 
     return of
 
@@ -195,7 +199,64 @@ def test_sampled_frequencies_fit_the_distribution(choice: ChoiceOf, sampling: Sa
 def test_an_instruction_set_that_the_machine_lacks_is_refused(
     library: Library, team: TeamOf
 ) -> None:
-    function = library.functions.baton_sample
-    beyond = CompiledChoice(lambda draws: library.check(function(team(1), 99, draws)))
-    with pytest.raises(Exception, match="lacks the instruction set"):
+    functions = library.functions
+    beyond = CompiledChoice(
+        lambda draws: library.check(functions.baton_sample(team(1), 99, draws)),
+        lambda reports: library.check(functions.baton_report(team(1), 99, reports)),
+    )
+    with pytest.raises(ModelError, match="lacks the instruction set"):
         beyond(some_logits(1), [a_sequence()])
+    with pytest.raises(ModelError, match="lacks the instruction set"):
+        beyond.logprobs(some_logits(1), [0], [0], [1])
+
+
+def assert_same_reports(ours: list[Logprob], theirs: list[Logprob]) -> None:
+    """Tokens and ranks exactly, log probabilities up to rounding."""
+    for own, other in zip(ours, theirs, strict=True):
+        assert (own.token_id, own.rank) == (other.token_id, other.rank)
+        assert [token for token, _ in own.top] == [token for token, _ in other.top]
+        mine = [own.logprob, *(share for _, share in own.top)]
+        wanted = [other.logprob, *(share for _, share in other.top)]
+        assert mine == pytest.approx(wanted, rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab", [1, 5, 255, 256, 600, 20_000])
+@pytest.mark.parametrize("step", [0.0, 0.5, 100.0], ids=["any", "ties", "all tie"])
+def test_log_probabilities_are_those_of_torch(
+    choice: ChoiceOf, isa: Isa, vocab: int, step: float
+) -> None:
+    rng = random.Random(vocab)
+    logits = some_logits(40, seed=vocab, vocab=vocab, scale=4.0)
+    if step:
+        logits = (logits / step).round() * step
+    places = [rng.randrange(40) for _ in range(25)]
+    targets = [rng.randrange(vocab) for _ in places]
+    counts = [rng.choice([0, 1, 5, 20, 200, 10**6]) for _ in places]
+    ours = choice(isa).logprobs(logits, places, targets, counts)
+    assert_same_reports(ours, torch_logprobs(logits, places, targets, counts))
+
+
+def test_the_likeliest_that_tie_are_told_lowest_token_first(choice: ChoiceOf) -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, [700, 3, 999, 256]] = 1.0
+    for logprobs in (choice().logprobs, torch_logprobs):
+        (report,) = logprobs(logits, [0], [999], [6])
+        assert [token for token, _ in report.top] == [3, 256, 700, 999, 0, 1]
+        assert report.rank == 1
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [slice(3, 4), slice(None)], ids=["one", "all"])
+def test_logits_that_are_no_numbers_are_reported_as_torch_does(
+    choice: ChoiceOf, broken: float, where: slice
+) -> None:
+    logits = some_logits(2, vocab=700)
+    logits[0, where] = broken
+    given = ([0, 0, 1], [3, 5, 3], [4, 0, 4])
+    assert_same_reports(choice().logprobs(logits, *given), torch_logprobs(logits, *given))
+
+
+def test_a_target_outside_the_vocabulary_is_refused(choice: ChoiceOf) -> None:
+    with pytest.raises(ModelError, match="not in the vocabulary"):
+        choice().logprobs(torch.zeros(1, 10), [0], [10], [1])

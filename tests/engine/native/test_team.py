@@ -45,6 +45,29 @@ def test_teams_take_turns(library: Library, team: TeamOf) -> None:
             assert torch.equal(y, alone)
 
 
+def test_any_part_of_a_team_gives_the_same_bits(library: Library, team: TeamOf) -> None:
+    x, w = operands(9, 300, 128)
+    alone = multiply(library, team(1), library.isa, Format.F32, x, w)
+    four = team(4)
+    for round in range(300):
+        library.functions.baton_team_use(four, (round * 7) % 6)  # 0 counts as 1, 5 as 4
+        assert torch.equal(multiply(library, four, library.isa, Format.F32, x, w), alone)
+
+
+def test_threads_that_take_no_part_sleep(library: Library) -> None:
+    before = threads_here()
+    team = library.functions.baton_team_new(2, None)
+    (thread,) = threads_here() - before
+    library.functions.baton_team_use(team, 1)
+    x, w = operands(64, 512, 512)
+    for _ in range(20):
+        multiply(library, team, library.isa, Format.F32, x, w)
+    stat = Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()
+    assert stat[0] == "S"
+    assert int(stat[11]) + int(stat[12]) == 0  # processor time, in ticks
+    library.functions.baton_team_free(team)
+
+
 def test_a_team_leaves_no_threads_behind(library: Library) -> None:
     functions = library.functions
     before = len(threads_here())
