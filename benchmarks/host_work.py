@@ -53,7 +53,11 @@ PARTS = {  # in the order of a step
     "apply": "apply: what it means",
     "between": "between the verbs",
 }
-BESIDE = "accounts and messages, beside the pass (processor time)"
+FORMER = {  # of records made when the event loop planned: what was between two passes then
+    "events": "events: accounts, messages, metrics",
+    "hops": "to the engine's thread and back, and waiting",
+}
+BESIDE = "sending, beside the pass (processor time)"
 POLICY = "predicted-srpt"
 
 
@@ -243,18 +247,22 @@ def table(records: list[Record]) -> Table:
     columns: dict[Setup, dict[str, float]] = {}
     for record in records:
         columns.setdefault(record.setup, {})[record.metric] = record.value
-    rows = [*PARTS.items(), ("host", "all but the model"), ("step", "the step"), ("beside", BESIDE)]
+    rows = [*PARTS.items(), *FORMER.items()]
+    rows += [("host", "all but the model"), ("step", "the step"), ("beside", BESIDE)]
     header = [""]
     for setup in columns:
         header += [f"{setup.backend}, {setup.threads} threads: ms", "of the step"]
         header += ["a fast step: ms", "of the step"]
     body = []
     for name, label in rows:
+        if not any(name in values for values in columns.values()):
+            continue
         cells = [label]
         for values in columns.values():
             for kind in ("", "fast_"):
-                seconds, step = values[kind + name], values[f"{kind}step"]
-                cells += [f"{seconds * 1e3:.2f}", f"{seconds / step:.1%}"]
+                seconds, step = values.get(kind + name), values[f"{kind}step"]
+                told = seconds is not None
+                cells += [f"{seconds * 1e3:.2f}", f"{seconds / step:.1%}"] if told else ["", ""]
         body.append(tuple(cells))
     batch = records[0].batch if records else 0
     model = records[0].model if records else ""
