@@ -44,6 +44,13 @@ def rounding() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def quiet_floats() -> Iterator[None]:
+    """Numbers may overflow without a warning, as on a GPU."""
+    with np.errstate(all="ignore"):
+        yield
+
+
 def _convert(numbers: NDArray[Any], source: Any, target: Any, _: object) -> NDArray[Any]:
     """The bits of `numbers`, which are those of `source`, in the format `target`."""
     bits = torch.from_numpy(np.array(numbers, order="C").view(f"i{numbers.dtype.itemsize}"))
