@@ -191,6 +191,12 @@ class WorkerConfig(SchedulingConfig):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="threads of a pass; as many as there are cores if 0"
     )
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes, or GPUs, that share each layer; threads are shared out to them"
+    )
+    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="stages that the layers are divided into, each of tensor_parallel processes"
+    )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; by kv_memory if 0")
     kv_memory: Annotated[int, Field(ge=0)] = Field(
@@ -279,6 +285,12 @@ class ServeConfig(ProcessConfig):
         0, description="threads per worker; the cores shared out if 0"
     )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes, or GPUs, of a worker that share each layer"
+    )
+    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="stages that each worker's layers are divided into"
+    )
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks per worker")
     host_kv_memory: Annotated[int, Field(ge=0)] = Field(
         0, description="bytes of host memory per decode worker for the KV of preempted sequences"

@@ -40,7 +40,7 @@ from kv_transfer.transport import (
 )
 
 F_SEAL_FUTURE_WRITE = 0x0010  # linux/fcntl.h; in Python's fcntl since 3.13
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _GREETING = struct.Struct("!4sQ")  # magic, bytes of the pool
 _MAGIC = b"BKS1"
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -49,7 +49,8 @@ _MAX_PEERS = 256
 
 
 class SharedPool:
-    """A block of memory that other processes can map read-only. Zeroed; `buffer` is writable and
+    """A block of memory that other processes can map, read-only once it is sealed: until then
+    those who compute together with this process may map it, too. Zeroed; `buffer` is writable and
     must outlive whatever is built on it (torch.frombuffer, BufferStore)."""
 
     def __init__(self, size: int) -> None:
@@ -58,11 +59,15 @@ class SharedPool:
         try:
             os.ftruncate(self.fd, size)
             self._map = mmap.mmap(self.fd, size)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
         except OSError:
             os.close(self.fd)
             raise
         self.buffer = memoryview(self._map)
+
+    def seal(self) -> None:
+        """From now on nobody maps it writable; who has, keeps that. Idempotent."""
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, F_SEAL_FUTURE_WRITE)
 
     def holds(self, store: BlockStore) -> bool:
         """Whether block i of `store` lies at i * block_bytes of this pool, as readers assume."""
@@ -103,7 +108,8 @@ class ShmServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def start(self) -> None:
-        """Listen."""
+        """Seal the pool, and listen."""
+        self._pool.seal()
         self._listener.setblocking(False)
         self._listener.bind(b"\0" + self.address.encode())
         self._listener.listen(64)

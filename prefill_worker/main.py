@@ -45,9 +45,9 @@ class PrefillServer:
         address = require_reachable(
             config.advertise_address or server.address, "--advertise-address"
         )
-        executor = executor_from(config, buffer=self._share if config.device == "cpu" else None)
+        executor = executor_from(config, share=self._share if config.device == "cpu" else None)
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
-        runs, store = to_publish(executor, self._share)
+        runs, store = to_publish(executor, lambda size: self._share(size).buffer)
         self._producer = LeaseProducer(
             store,
             layout,
@@ -81,10 +81,10 @@ class PrefillServer:
         )
         self._membership = Membership(self.worker, server, SERVICES, registration, config)
 
-    def _share(self, size: int) -> memoryview:
+    def _share(self, size: int) -> SharedPool:
         """Memory for the KV pool that decode workers on this host can map."""
         self._pool = SharedPool(size)
-        return self._pool.buffer
+        return self._pool
 
     async def start(self) -> None:
         """Join the cluster."""

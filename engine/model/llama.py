@@ -6,7 +6,7 @@ windows; all of it is read from the configuration when the model is built.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from engine.attention.contract import AttentionBackend, Batch, KvCache
 from engine.model.config import ModelConfig
 from engine.model.layers import Activation, GatedMlp, Linear, RmsNorm, activation, rotate
 from engine.model.model import Output
+from engine.model.part import WHOLE, Part
 from engine.model.rope import Rope
 from engine.model.weights import Checkpoint
 
@@ -71,48 +72,80 @@ def _windows(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 class Llama:
-    """A PagedModel (engine/model/model.py)."""
+    """A PagedModel (engine/model/model.py), or a part of one: then a pass is `embed` in the first
+    part, `run` in each, and `logits` in the last (engine/parallel/stage.py)."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, attention: AttentionBackend
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        attention: AttentionBackend,
+        part: Part = WHOLE,
     ) -> None:
         """Raises ModelError where checkpoint and configuration disagree."""
-        shape = read_shape(config)
+        shape = _share(read_shape(config), part)
+        layers, rows = part.layers(config.layers), part.vocabulary(config.vocab_size)
         self.vocab_size = config.vocab_size
-        self.layers = config.layers
+        self.layers = len(layers)
         self.kv_heads = shape.kv_heads
         self.head_dim = shape.head_dim
         self.max_context = config.max_context
+        self._part = part
         self._rope = Rope(config.source, shape.head_dim, checkpoint.dtype, checkpoint.device)
-        self._embedding = checkpoint("model.embed_tokens.weight", config.vocab_size, shape.hidden)
-        self._layers = [
-            Layer(index, shape, checkpoint, attention) for index in range(config.layers)
-        ]
-        self._norm = RmsNorm(checkpoint("model.norm.weight", shape.hidden), shape.eps)
-        self._head = Linear(
-            self._embedding
-            if config.tied
-            else checkpoint("lm_head.weight", config.vocab_size, shape.hidden)
-        )
+        if part.first or config.tied:
+            self._embedding = checkpoint("model.embed_tokens.weight", rows, shape.hidden)
+        self._layers = [Layer(index, shape, checkpoint, attention, part) for index in layers]
+        if part.last:
+            self._norm = RmsNorm(checkpoint("model.norm.weight", shape.hidden), shape.eps)
+            self._head = Linear(
+                self._embedding if config.tied else checkpoint("lm_head.weight", rows, shape.hidden)
+            )
 
     def forward(self, batch: Batch, cache: KvCache) -> Output:
         """One pass."""
-        x = F.embedding(batch.token_ids, self._embedding)  # [T, hidden]
+        return Output.of(self.logits(self.run(self.embed(batch), batch, cache), batch), batch)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The residual stream at its beginning: [T, hidden]."""
+        return self._part.embed(batch.token_ids, self._embedding)
+
+    def run(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        """The layers. x [T, hidden], changed in place where it is not needed any more."""
         cos, sin = self._rope(batch)
         for layer in self._layers:
             x = layer(x, cos, sin, batch, cache)
-        logits = self._head(self._norm(x.index_select(0, batch.logit_rows)))
-        return Output.of(logits, batch)
+        return x
+
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """Of the rows that are wanted: [R, the part's vocabulary]."""
+        logits: Tensor = self._head(self._norm(x.index_select(0, batch.logit_rows)))
+        return logits
+
+
+def _share(shape: Shape, part: Part) -> Shape:
+    """What the part has of each layer."""
+    return replace(
+        shape,
+        heads=part.share(shape.heads),
+        kv_heads=part.kv_heads(shape.kv_heads),
+        intermediate=part.share(shape.intermediate),
+    )
 
 
 class Layer:
     """Attention and MLP, each on the normalized residual stream."""
 
     def __init__(
-        self, index: int, shape: Shape, checkpoint: Checkpoint, attention: AttentionBackend
+        self,
+        index: int,
+        shape: Shape,
+        checkpoint: Checkpoint,
+        attention: AttentionBackend,
+        part: Part,
     ) -> None:
         prefix = f"model.layers.{index}"
         self._index, self._shape, self._attention = index, shape, attention
+        self._reduce = part.reduce
         self._window = shape.windows[index]
         self._scale = shape.head_dim**-0.5
         self._rotated = shape.heads + shape.kv_heads  # heads of q and k, which lie together
@@ -135,8 +168,9 @@ class Layer:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         """x [T, hidden], changed in place where it is not needed any more."""
-        x = self._attend(self._attention_norm(x), cos, sin, batch, cache).add_(x)
-        return self._mlp(self._mlp_norm(x)).add_(x)
+        attended = self._attend(self._attention_norm(x), cos, sin, batch, cache)
+        x = self._reduce(attended).add_(x)
+        return self._reduce(self._mlp(self._mlp_norm(x))).add_(x)
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KvCache) -> Tensor:
         shape = self._shape

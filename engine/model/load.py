@@ -14,6 +14,7 @@ import demo_model
 from baton.config import DecodeConfig, WorkerConfig
 from baton.errors import ConfigError
 from engine.model.config import read_config
+from engine.model.memory import Memory, OwnMemory
 from engine.model.model import PagedModel
 from engine.model.options import ModelOptions
 from engine.model.pool import KvGeometry, KvPool
@@ -47,14 +48,16 @@ def load_executor(
     instruction_set: str = "auto",
     threads: int = 0,
     ahead: bool = True,
-    buffer: Callable[[int], memoryview] | None = None,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    share: Callable[[int], Memory] | None = None,
 ) -> TorchExecutor:
     """Load a model and allocate its KV cache. Parameters as in WorkerConfig; `ahead`: on a GPU,
     passes may begin before they are planned.
 
-    `buffer(bytes)` provides the memory of the KV pool, writable and zeroed; torch allocates it if
-    None. With `kv_blocks` 0 the pool takes `kv_memory` bytes, or what fits, but never more than
-    `max_batch_sequences` sequences of `max_context` tokens can fill.
+    `share(bytes)` provides the memory of the KV pool; torch allocates it if None. With `kv_blocks`
+    0 the pool takes `kv_memory` bytes, or what fits, but never more than `max_batch_sequences`
+    sequences of `max_context` tokens can fill.
 
     Raises ModelError if the directory cannot be served, ConfigError if the parameters make no
     sense together.
@@ -71,6 +74,8 @@ def load_executor(
         threads=threads,
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
     )
     built = build_model(read_config(path), options)
     geometry = _geometry(path, built, options)
@@ -84,9 +89,15 @@ def load_executor(
         host_blocks=host_kv_memory // geometry.block_bytes,
     )
 
+    if options.ranks > 1:
+        share = share or OwnMemory
+
     def run(capacity: Capacity) -> TorchExecutor:
-        memory = buffer(capacity.blocks * geometry.block_bytes) if buffer is not None else None
-        pool = KvPool(geometry, capacity.blocks, device=device, buffer=memory)
+        memory = share(capacity.blocks * geometry.block_bytes) if share is not None else None
+        buffer = memory.buffer if memory else None
+        pool = KvPool(geometry, capacity.blocks, device=device, buffer=buffer)
+        if memory and options.ranks > 1:
+            _start_ranks(built.model, pool, memory)
         return _executor(built, pool, capacity, swap_bandwidth, ahead=ahead)
 
     if not kv_blocks:
@@ -115,7 +126,12 @@ def _executor(
             swap_bandwidth=swap_bandwidth,
             ahead=ahead,
         )
-    return TorchExecutor(
+    make: Callable[..., TorchExecutor] = TorchExecutor
+    if built.ranks > 1:
+        from engine.parallel.executor import ParallelExecutor
+
+        make = ParallelExecutor
+    return make(
         built.model,
         pool,
         capacity,
@@ -147,7 +163,7 @@ def _free_memory(
 
 
 def executor_from(
-    config: WorkerConfig, buffer: Callable[[int], memoryview] | None = None
+    config: WorkerConfig, share: Callable[[int], Memory] | None = None
 ) -> TorchExecutor:
     """`load_executor` as a worker's configuration asks for, warmed up; the demo model if it names
     none."""
@@ -172,13 +188,22 @@ def executor_from(
         instruction_set=config.instruction_set,
         threads=config.threads,
         ahead=decode is not None,
-        buffer=buffer,
+        tensor_parallel=config.tensor_parallel,
+        pipeline_parallel=config.pipeline_parallel,
+        share=share,
     )
     loaded = time.perf_counter()
     executor.warm_up()
     warm = time.perf_counter()
     _logger.info("loaded in %.1f s, warmed up in %.1f s", loaded - started, warm - loaded)
     return executor
+
+
+def _start_ranks(model: PagedModel, pool: KvPool, memory: Memory) -> None:
+    from engine.parallel.model import ParallelModel
+
+    assert isinstance(model, ParallelModel)
+    model.start(pool, memory)
 
 
 def _require(device: str) -> None:

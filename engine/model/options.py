@@ -18,3 +18,10 @@ class ModelOptions:
     threads: int
     block_size: int
     max_batch_tokens: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Processes that compute the model together."""
+        return self.tensor_parallel * self.pipeline_parallel

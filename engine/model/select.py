@@ -41,6 +41,7 @@ class Built:
     torch_threads: int  # that a pass may use; 0 for torch's own choice
     choice: Choice = choose  # of tokens, given the model's logits
     fused: bool = False  # the model is an engine.gpu.model.GpuLlama
+    ranks: int = 1  # more: an engine.parallel.model.ParallelModel, which is yet to be started
 
 
 def build_model(config: ModelConfig, options: ModelOptions) -> Built:
@@ -48,6 +49,8 @@ def build_model(config: ModelConfig, options: ModelOptions) -> Built:
 
     Raises ModelError if the directory cannot be served, ConfigError if the options cannot.
     """
+    if options.ranks > 1:
+        return _build_parallel(config, options)
     library = select_library(config, options)
     if library is not None:
         return _build_compiled(config, options, library)
@@ -112,14 +115,17 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
     return Built(model, weights, kv_dtype, torch_threads=1, choice=model.choice)
 
 
+def _build_parallel(config: ModelConfig, options: ModelOptions) -> Built:
+    from engine.parallel.load import parallel_model
+
+    dtype = Checkpoint(config.path, _torch_dtype(config, options)).dtype
+    model = parallel_model(config, options, dtype)
+    return Built(model, _name(dtype), _kv_dtype(options, dtype), model.threads, ranks=options.ranks)
+
+
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
     attention = select_attention(options.attention_backend, options.device)
-    dtype = (
-        _slow_as_stored(config.dtype, options.device)
-        if options.dtype == "auto"
-        else getattr(torch, options.dtype)
-    )
-    checkpoint = Checkpoint(config.path, dtype or config.dtype, options.device)
+    checkpoint = Checkpoint(config.path, _torch_dtype(config, options), options.device)
     found = _NATIVE.get(config.architecture)
     if found is None:
         from engine.model.hf import load_fallback
@@ -133,6 +139,14 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
         model = build(config, checkpoint, attention)
     kv_dtype = _kv_dtype(options, checkpoint.dtype)
     return Built(model, _name(checkpoint.dtype), kv_dtype, options.threads)
+
+
+def _torch_dtype(config: ModelConfig, options: ModelOptions) -> torch.dtype | None:
+    """What torch computes in; None for the format of the checkpoint's own tensors."""
+    if options.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, options.dtype)
+        return chosen
+    return _slow_as_stored(config.dtype, options.device) or config.dtype
 
 
 def _name(dtype: torch.dtype) -> str:

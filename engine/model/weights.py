@@ -81,6 +81,12 @@ class Checkpoint:
         self._check(name, found.shape, shape, found.dtype)
         return self._map(name).tensor(name)
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name` in its file. Raises ModelError if it is missing."""
+        if name not in self._where:
+            raise ModelError(f"{self.path}: tensor {name!r} is missing")
+        return self._map(name).entry(name).shape
+
     def forget(self, name: str) -> None:
         """Give back the memory that a mapped tensor's pages take; they are read again if needed."""
         self._map(name).forget(name)

@@ -16,6 +16,7 @@ from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
 from engine.model.batch import BatchBuilder, begun_blocks, build_batch
 from engine.model.load import load_executor
+from engine.model.memory import OwnMemory
 from engine.model.pool import KvGeometry, KvPool
 from kv_transfer.contract import BlockStore, KvLayout
 from scheduling.plan import Chunk, StepPlan
@@ -193,16 +194,16 @@ def test_what_an_earlier_owner_left_in_a_block_never_shows(
 def test_an_executor_runs_in_a_buffer_and_leaves_it_clean_after_warm_up(
     tiny: Callable[..., Any],
 ) -> None:
-    made: list[mmap.mmap] = []
+    made: list[OwnMemory] = []
 
-    def buffer(size: int) -> memoryview:
-        made.append(mmap.mmap(-1, size))
-        return memoryview(made[-1])
+    def share(size: int) -> OwnMemory:
+        made.append(OwnMemory(size))
+        return made[-1]
 
-    executor = load_executor(tiny("llama").path, kv_blocks=3, buffer=buffer, threads=1)
-    assert len(made[0]) == 3 * executor.pool.block_bytes
+    executor = load_executor(tiny("llama").path, kv_blocks=3, share=share, threads=1)
+    assert len(made[0].buffer) == 3 * executor.pool.block_bytes
     executor.warm_up()
-    assert not made[0][:].strip(b"\0")
+    assert not bytes(made[0].buffer).strip(b"\0")
     assert executor.fingerprint == executor.pool.geometry.model_fingerprint
 
 

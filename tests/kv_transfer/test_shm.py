@@ -55,7 +55,8 @@ def run_of(pool: SharedPool, source: int, target: bytearray) -> Run:
     return Run(b"", 0, [source], [block_array(BufferStore(target, SIZE), 0)], [digest])
 
 
-def test_nobody_can_resize_the_pool_or_map_it_writable(pool):
+def test_nobody_can_resize_a_sealed_pool_or_map_it_writable(pool):
+    pool.seal()
     with pytest.raises(PermissionError):
         os.ftruncate(pool.fd, SIZE)
     with pytest.raises(PermissionError):

@@ -1,0 +1,1 @@
+"""One worker over several ranks: tensor and pipeline parallelism (docs/decisions/008)."""

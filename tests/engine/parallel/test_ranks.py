@@ -1,0 +1,192 @@
+"""A model over several ranks generates what it does on one; and what a lost rank does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine.parallel.load
+from baton.errors import ConfigError
+from baton.types import Sampling
+from engine.executor import ExecutorBroken
+from engine.model.load import load_executor
+from engine.model.runner import TorchExecutor
+from scheduling.plan import Chunk, StepPlan
+from tests.engine.conftest import Driver, TinyModel
+from tests.engine.parallel.conftest import OPTIONS
+
+Ranks = Callable[..., TorchExecutor]
+Model = Callable[[str], TinyModel]
+
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [100] * 20, [3])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline"),
+    [
+        ("llama", 2, 1),  # biases everywhere, a tied head
+        ("qwen2", 4, 1),  # more shards than key heads
+        ("mistral", 1, 2),  # windows
+        ("qwen3", 2, 2),  # norms of heads
+    ],
+)
+def test_ranks_generate_what_one_does(
+    model: Model, ranks: Ranks, name: str, tensor: int, pipeline: int
+) -> None:
+    driver = Driver(ranks(name, tensor, pipeline), budget=16)
+    sequences = [driver.add(prompt, 6) for prompt in PROMPTS]
+    driver.run()
+    for prompt, sequence in zip(PROMPTS, sequences, strict=True):
+        model(name).assert_generates(prompt, sequence.tokens[len(prompt) :])
+
+
+@pytest.mark.parametrize(("name", "tensor", "pipeline"), [("llama", 2, 1), ("qwen3", 2, 2)])
+def test_sampling_and_logprobs_are_those_of_one_rank(
+    model: Model, ranks: Ranks, name: str, tensor: int, pipeline: int
+) -> None:
+    def generate(executor: TorchExecutor) -> tuple[list[list[int]], list[list[float]]]:
+        driver = Driver(executor, budget=16)
+        sampled = driver.add([9, 8, 7, 6, 5], 5, sampling=Sampling(temperature=1.5, seed=3))
+        told = driver.add([4, 5, 6], 4, logprobs=3, prompt_logprobs=2)
+        greedy = driver.add([8, 8], 4)
+        driver.run()
+        logprobs = [
+            logprob.logprob
+            for _, result in driver.results
+            for given, prompt in zip(result.sampled, result.prompt_logprobs, strict=True)
+            for logprob in (*prompt, *([given.logprob] if given and given.logprob else []))
+        ]
+        return [s.tokens for s in (sampled, told, greedy)], [logprobs]
+
+    one = load_executor(model(name).path, **OPTIONS)
+    expected, logprobs = generate(one)
+    one.close()
+    found, theirs = generate(ranks(name, tensor, pipeline))
+    assert found == expected
+    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(logprobs), atol=1e-3, rtol=1e-3)
+
+
+def test_ranks_fill_one_pool_as_one_rank_does(model: Model, ranks: Ranks) -> None:
+    """Block for block, so that KV can be handed over between workers of any degrees."""
+    kv = []
+    one = load_executor(model("qwen3").path, **OPTIONS)
+    for executor in (one, ranks("qwen3", 2, 2)):
+        driver = Driver(executor, budget=16)
+        sequence = driver.add(range(3, 20), 2)
+        driver.step()
+        driver.step()
+        kv.append(executor.pool.storage[sequence.blocks].clone())
+        driver.run()
+    one.close()
+    assert kv[0].abs().sum() > 0
+    torch.testing.assert_close(kv[1], kv[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel": 3}, "--tensor-parallel 3: does not divide the model's 8 heads"),
+        ({"pipeline_parallel": 4}, "--pipeline-parallel 4: the model has 3 layers"),
+        ({"tensor_parallel": 2, "quantization": "int8"}, "nor with --quantization"),
+        ({"tensor_parallel": 2, "attention_backend": "native"}, "native"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    model: Model, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_executor(model("qwen2").path, **OPTIONS | options)
+
+
+# -- Losses ------------------------------------------------------------------------------------
+
+
+def _children() -> set[int]:
+    """Ranks that this process has started, by process id."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def _one_pass(executor: TorchExecutor) -> None:
+    driver = Driver(executor, budget=16)
+    driver.add([5, 6, 7], 1)
+    driver.step()
+
+
+def test_a_rank_that_dies_breaks_the_executor_and_takes_the_others_along(model: Model) -> None:
+    before = _children()
+    executor = load_executor(model("qwen3").path, tensor_parallel=2, pipeline_parallel=2, **OPTIONS)
+    mine = _children() - before
+    assert len(mine) == 3
+    _one_pass(executor)
+    os.kill(max(mine), signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(ExecutorBroken, match=r"rank \d ended with"):
+        _one_pass(executor)
+    executor.close()
+    assert time.monotonic() - started < 30
+    assert not _children() & mine
+
+
+def test_a_rank_that_hangs_breaks_the_executor(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.parallel.load, "PATIENCE", 2.0)
+    before = _children()
+    executor = load_executor(model("llama").path, tensor_parallel=2, **OPTIONS)
+    (other,) = _children() - before
+    os.kill(other, signal.SIGSTOP)
+    with pytest.raises(ExecutorBroken, match="do not answer"):
+        _one_pass(executor)
+    os.kill(other, signal.SIGKILL)  # a stopped process would take the whole grace time
+    executor.close()
+
+
+def _serve(path: Path, options: dict[str, Any], pids: Any) -> None:
+    executor = load_executor(path, tensor_parallel=2, **options)
+    pids.send(sorted(_children()))
+    signal.pause()
+    executor.close()
+
+
+def test_ranks_end_with_a_worker_that_is_killed(model: Model) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    ours, theirs = processes.Pipe()
+    arguments = (model("llama").path, OPTIONS, theirs)
+    worker = processes.Process(target=_serve, args=arguments)
+    worker.start()
+    (pid,) = ours.recv()
+    assert _alive(pid)
+    worker.kill()
+    worker.join()
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    """Whether there is such a process that is not just waiting to be forgotten."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_plan_of_many_sequences_fits_the_line_to_the_ranks(ranks: Ranks) -> None:
+    """More than a socket's buffer holds."""
+    executor = ranks("llama", 2, 1)
+    driver = Driver(executor, budget=16)
+    sequence = driver.add([5] * 8, 1)
+    sequence.blocks = [0] * 20_000
+    plan = StepPlan((Chunk(sequence, 159_992, 8, sample=False),))
+    sequence.tokens = [5] * 160_000
+    executor.execute(plan)
+    executor.pool.clear([0])
