@@ -7,17 +7,12 @@ namespace baton {
 namespace {
 
 constexpr int kItemsPerThread = 4;  // with fewer, the runs of a tile are shared out
+constexpr int kTilesPerThread = 8;  // of prompts, unless they get smaller than kLeastRows
+constexpr int kLeastRows = 64;
 
 int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 int bytes_of(BatonFormat format) { return format == BATON_F32 ? 4 : format == BATON_BF16 ? 2 : 1; }
-
-int seen_from(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
-
-void hide(AttentionScratch& scratch, int position) {
-  scratch.key_rows[position] = scratch.value_rows[position] = scratch.zeros;
-  scratch.key_scales[position] = scratch.value_scales[position] = 0;
-}
 
 }  // namespace
 
@@ -29,7 +24,7 @@ AttentionScratch::AttentionScratch(int max_rows, const DecodeShape& shape) {
   int64_t sizes[] = {rows * depth * 4,  kRun * depth * 4,     kRun * depth * 4, rows * kRun * 4,
                      rows * kRun * 2,   2 * row_floats + mixed, 2 * row_floats + mixed,
                      shape.kv_heads * depth * 4, row_floats,    row_floats,
-                     shape.kv_heads * depth * 32, rows * 8};
+                     shape.kv_heads * depth * 32, rows * 8,         48 * kRun * 4};
   int64_t total_bytes = 0;
   for (int64_t size : sizes) total_bytes += up_to(size, 64);
   memory = Memory(static_cast<size_t>(total_bytes));
@@ -55,6 +50,7 @@ AttentionScratch::AttentionScratch(int max_rows, const DecodeShape& shape) {
   to = reinterpret_cast<int*>(take());
   decode_queries = take();
   query_rows = reinterpret_cast<const float**>(take());
+  decode_weights = reinterpret_cast<int32_t*>(take());
 }
 
 const AttentionKernels& attention_kernels(BatonIsa isa, BatonFormat format) {
@@ -75,7 +71,6 @@ Attention::Attention(const BatonShape& shape, BatonIsa isa, int threads)
       kernels_(&attention_kernels(isa, static_cast<BatonFormat>(shape.kv))),
       threads_(threads),
       group_(shape.heads / shape.kv_heads),
-      tile_tokens_(std::max(1, kMostRows / group_)),
       block_shift_(__builtin_ctz(static_cast<unsigned>(shape.block_size))),
       row_bytes_(int64_t{shape.head_dim} * bytes_of(static_cast<BatonFormat>(shape.kv))),
       decode_shape_{shape.kv_heads, group_, shape.head_dim, static_cast<BatonFormat>(shape.kv), row_bytes_,
@@ -84,7 +79,7 @@ Attention::Attention(const BatonShape& shape, BatonIsa isa, int threads)
   plane_bytes_ = plane_bytes(shape);
   all_heads_ = kernels_->decode != nullptr && shape.head_dim % 32 == 0 && group_ <= 16 &&
                shape.block_size % 16 == 0;
-  int rows = std::max(tile_tokens_ * group_, shape.heads);
+  int rows = std::max({kMostRows, group_, shape.heads});
   for (int i = 0; i < threads; i++)
     scratch_.push_back(std::make_unique<AttentionScratch>(rows, decode_shape_));
 }
@@ -114,15 +109,26 @@ void Attention::plan(const BatonBatch& batch, const std::vector<LayerWeights>& l
   }
 }
 
+// The more rows a tile has, the less often keys and values are packed; but every thread wants a few. A row
+// gets the same bits in any.
+int Attention::tile_tokens(const BatonBatch& batch) const {
+  int64_t rows = 0, items = int64_t{kTilesPerThread} * threads_;
+  for (int s = 0; s < batch.sequences; s++)
+    if (batch.lengths[s] > 1) rows += int64_t{batch.lengths[s]} * shape_.heads;
+  int64_t most = std::clamp<int64_t>(rows / items, kLeastRows, kMostRows);
+  return std::max(1, static_cast<int>(most) / group_);
+}
+
 void Attention::fill(Plan& plan, const BatonBatch& batch) {
   plan.items.clear();
   plan.groups.clear();
   plan.partial_floats = 0;
+  plan.tile_tokens = tile_tokens(batch);
   int64_t work = 0;  // runs, times key heads
   for (int s = 0; s < batch.sequences; s++)
-    for (int begin = 0, length = batch.lengths[s]; begin < length; begin += tile_tokens_) {
+    for (int begin = 0, length = batch.lengths[s]; begin < length; begin += plan.tile_tokens) {
       int position = batch.starts[s] + begin;
-      int last = batch.starts[s] + std::min(begin + tile_tokens_, length) - 1;
+      int last = batch.starts[s] + std::min(begin + plan.tile_tokens, length) - 1;
       work += int64_t{shape_.kv_heads} * (last / kRun + 1 - seen_from(position, plan.window) / kRun);
     }
   int64_t most = threads_ > 1 ? std::max<int64_t>(1, work / (kItemsPerThread * threads_)) : work;
@@ -141,8 +147,8 @@ void Attention::fill(Plan& plan, const BatonBatch& batch) {
 // blocks, one after another.
 void Attention::plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, int most_work) {
   int length = batch.lengths[sequence];
-  for (int tile = (length - 1) / tile_tokens_; tile >= 0; tile--) {
-    int begin = tile * tile_tokens_, tokens = std::min(tile_tokens_, length - begin);
+  for (int tile = (length - 1) / plan.tile_tokens; tile >= 0; tile--) {
+    int begin = tile * plan.tile_tokens, tokens = std::min(plan.tile_tokens, length - begin);
     int position = batch.starts[sequence] + begin;
     int first_run = seen_from(position, plan.window) / kRun, end_run = (position + tokens - 1) / kRun + 1;
     Item item{sequence, 0, length == 1 ? shape_.kv_heads : 1, first + begin, tokens, position, first_run,
@@ -203,9 +209,12 @@ void Attention::attend(const Plan& plan, const Item& item, const Item* next, con
   }
   kernels_->clear(scratch.total, rows, dim);
   for (int run = item.begin; run < item.end; run++) {
-    gather(item, batch, kv, run, plan.window, scratch);
+    if (single && all_heads_)
+      gather_groups(item, batch, kv, run, plan.window, scratch);
+    else
+      gather(item, batch, kv, run, plan.window, scratch);
     bool last = run + 1 == item.end;
-    look_ahead(last ? next : &item, batch, kv, last && next ? next->begin : run + 1, plan.window,
+    look_ahead(item, run, last ? next : &item, last && next ? next->begin : run + 1, batch, kv, plan.window,
                scratch.ahead);
     attend_run(item, scratch);
     if (item.group < 0) {
@@ -231,80 +240,6 @@ void Attention::attend_run(const Item& item, AttentionScratch& scratch) {
     if (head > 0) next_head(scratch);
     kernels_->attend(head * rows, rows, shape_.head_dim, decode_shape_.format, scale, scratch);
   }
-}
-
-// Where the positions of a run lie, for the item's first key head. Those that no row sees are zeros: what
-// the pool holds there may be anything.
-void Attention::gather(const Item& item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
-                       AttentionScratch& scratch) const {
-  int start = run * kRun, last = item.position + item.tokens - 1;
-  int begin = scratch.begin = std::max(seen_from(item.position, window) - start, 0);
-  int end = scratch.end = std::min(kRun, last + 1 - start);
-  scratch.count = static_cast<int>(up_to(end, kStep));
-  const int64_t* table = batch.tables + int64_t{item.sequence} * batch.width;
-  bool scaled = shape_.kv == BATON_INT8;
-  int64_t position_bytes = shape_.kv_heads * row_bytes_;
-  for (int i = 0; i < begin; i++) hide(scratch, i);
-  for (int i = end; i < scratch.count; i++) hide(scratch, i);
-  for (int i = begin; i < end;) {
-    int at = (start + i) & (shape_.block_size - 1), count = std::min(shape_.block_size - at, end - i);
-    const char* plane = kv.keys + table[(start + i) >> block_shift_] * kv.block_bytes;
-    const char* row = plane + at * position_bytes + item.kv_head * row_bytes_;
-    const char* scales = plane + scales_at_ + (int64_t{at} * shape_.kv_heads + item.kv_head) * 4;
-    for (int j = 0; j < count; j++, i++, row += position_bytes, scales += 4 * shape_.kv_heads) {
-      scratch.key_rows[i] = row;
-      scratch.value_rows[i] = row + plane_bytes_;
-      if (!scaled) continue;
-      scratch.key_scale_rows[i] = scales;
-      std::memcpy(&scratch.key_scales[i], scales, 4);
-      std::memcpy(&scratch.value_scales[i], scales + plane_bytes_, 4);
-    }
-  }
-  for (int r = 0; r < item.tokens * group_; r++) {
-    int position = item.position + r / group_;
-    int from = std::clamp(seen_from(position, window) - start, 0, scratch.count);
-    int to = std::clamp(position + 1 - start, 0, scratch.count);
-    for (int head = 0; head < item.kv_heads; head++) {
-      scratch.from[head * item.tokens * group_ + r] = from;
-      scratch.to[head * item.tokens * group_ + r] = to;
-    }
-  }
-}
-
-void Attention::next_head(AttentionScratch& scratch) const {
-  for (int i = 0; i < scratch.count; i++) {
-    scratch.key_rows[i] += row_bytes_;
-    scratch.value_rows[i] += row_bytes_;
-  }
-  if (shape_.kv != BATON_INT8) return;
-  for (int i = scratch.begin; i < scratch.end; i++) {
-    scratch.key_scale_rows[i] += 4;
-    std::memcpy(&scratch.key_scales[i], scratch.key_scale_rows[i], 4);
-    std::memcpy(&scratch.value_scales[i], scratch.key_scale_rows[i] + plane_bytes_, 4);
-  }
-}
-
-// The memory of a run that comes next: keys first, as they are read. Only for single tokens, which read
-// it once; tiles of a prompt read it again and again from the cache.
-void Attention::look_ahead(const Item* item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
-                           Ahead& ahead) const {
-  ahead.next = ahead.count = 0;
-  if (item == nullptr || item->tokens > 1 || item->kv_heads < shape_.kv_heads) return;
-  int start = run * kRun, lines = 0;
-  int begin = std::max(seen_from(item->position, window), start);
-  int end = std::min(start + kRun, item->position + 1);
-  const int64_t* table = batch.tables + int64_t{item->sequence} * batch.width;
-  int64_t position_bytes = shape_.kv_heads * row_bytes_;
-  for (int which = 0; which < 2; which++)
-    for (int i = begin; i < end;) {
-      int at = i & (shape_.block_size - 1), count = std::min(shape_.block_size - at, end - i);
-      const char* plane = kv.keys + table[i >> block_shift_] * kv.block_bytes + which * plane_bytes_;
-      ahead.at[ahead.count] = plane + at * position_bytes;
-      ahead.lines[ahead.count] = static_cast<int>((count * position_bytes + 63) / 64);
-      lines += ahead.lines[ahead.count++];
-      i += count;
-    }
-  ahead.share = lines / (16 * shape_.kv_heads) + 1;
 }
 
 Partial Attention::partial_of(const Plan& plan, const Item& item, int run) {

@@ -19,6 +19,11 @@
 
 namespace baton {
 
+// The first position that one sees.
+inline int seen_from(int position, int window) {
+  return window > 0 && position >= window ? position + 1 - window : 0;
+}
+
 // One layer's share of the pool.
 struct LayerKv {
   const char* keys;      // of block 0; values are `plane` bytes behind them
@@ -53,6 +58,9 @@ class Attention {
     int begin, end;     // runs
     int group;          // of the items of one tile, whoever is last merges; -1 for a whole tile
   };
+  struct Seen {
+    int start, begin, end;  // of a run: its first position in the context; from that, [begin, end)
+  };
   struct Group {
     int runs;
     int64_t partial;  // where in partials_ the results of its runs begin
@@ -60,6 +68,7 @@ class Attention {
   struct Plan {
     int window = 0;
     bool current = false;  // made for this pass
+    int tile_tokens = 1;   // most tokens of a tile
     std::vector<Item> items;
     std::vector<Group> groups;
     int64_t partial_floats = 0;
@@ -68,6 +77,7 @@ class Attention {
   };
 
   Plan* find_plan(int window);
+  int tile_tokens(const BatonBatch& batch) const;
   void fill(Plan& plan, const BatonBatch& batch);
   void plan_chunk(Plan& plan, const BatonBatch& batch, int sequence, int first, int most_work);
   void plan_tile(Plan& plan, Item item, int most_runs);
@@ -77,8 +87,13 @@ class Attention {
               AttentionScratch& scratch) const;
   void attend_run(const Item& item, AttentionScratch& scratch);
   void next_head(AttentionScratch& scratch) const;
-  void look_ahead(const Item* item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
-                  Ahead& ahead) const;
+  void gather_groups(const Item& item, const BatonBatch& batch, const LayerKv& kv, int run, int window,
+                     AttentionScratch& scratch) const;
+  Seen seen_of(const Item& item, int run, int window) const;
+  void append_lines(const Seen& seen, const int64_t* table, const LayerKv& kv, int skip, int most,
+                    Ahead& ahead) const;
+  void look_ahead(const Item& item, int run, const Item* next, int next_run, const BatonBatch& batch,
+                  const LayerKv& kv, int window, Ahead& ahead) const;
   int rows_of(const Item& item) const { return item.tokens * item.kv_heads * group_; }
   Partial partial_of(const Plan& plan, const Item& item, int run);
   bool merge_group(Plan& plan, const Item& item, AttentionScratch& scratch);
@@ -86,7 +101,7 @@ class Attention {
 
   BatonShape shape_;
   const AttentionKernels* kernels_;
-  int threads_, group_, tile_tokens_, block_shift_;
+  int threads_, group_, block_shift_;
   int64_t row_bytes_, plane_bytes_, scales_at_;
   DecodeShape decode_shape_;
   bool all_heads_;  // the kernels take all key heads of a single token at once

@@ -11,7 +11,7 @@ namespace baton {
 
 constexpr int kRun = 128;       // positions of a run
 constexpr int kStep = 32;       // positions are padded to a multiple of it with rows of zeros
-constexpr int kMostRows = 64;  // most query rows of a tile
+constexpr int kMostRows = 256;  // most query rows of a tile
 
 // A softmax over some positions, not yet divided by its sum. Exponents are to base 2.
 struct Partial {
@@ -23,10 +23,11 @@ struct Partial {
 // Memory that the next run reads. Kernels ask for it bit by bit while they compute on this one: blocks
 // lie apart, where the processor does not foresee them.
 struct Ahead {
-  int next = 0, count = 0;           // of the ranges
-  int share = 0;                     // lines to ask for with every sixteenth of a key head's work
-  const char* at[2 * kRun];
-  int lines[2 * kRun];
+  int next = 0, count = 0;  // of the ranges
+  int total = 0;            // lines of all
+  int share = 0;            // lines to ask for at a time
+  const char* at[4 * kRun];
+  int lines[4 * kRun];
 };
 
 // Queries of one token: [kv_heads, group, head_dim].
@@ -59,7 +60,12 @@ struct AttentionScratch {
   const char* key_scale_rows[kRun];
   Ahead ahead;
   int begin, end;                     // positions of the run that some row sees
+  // The same run for `decode`: 16 positions at a time, where the keys of each lie. Those that nobody
+  // sees lie there too, and may be anything.
+  const char* groups[kRun / 16];
+  const char* scales[kRun / 16];      // INT8: of those keys
   void* decode_queries;               // [kv_heads, head_dim / 32] tiles; zero where nobody wrote
+  int32_t* decode_weights;            // [16 and more][2][kRun] pairs
   int* from;                          // [rows]: positions [from, to) of the run are visible
   int* to;
 };

@@ -166,8 +166,8 @@ def test_prompts_and_single_tokens_over_pools_of_nan(
 
 
 # Heads, key heads and head_dim: one bundle of AMX tiles; one of head_dim 128; several, the last one
-# short; groups of 7; a head_dim that does not fill four tiles of columns.
-SHAPES = [(9, 3, 64), (12, 12, 128), (20, 5, 64), (14, 2, 64), (8, 1, 96)]
+# short; groups of 7; a head_dim of three tiles; a group that two tiles of weights share.
+SHAPES = [(9, 3, 64), (12, 12, 128), (20, 5, 64), (14, 2, 64), (8, 1, 96), (12, 1, 64)]
 
 
 @pytest.mark.parametrize("kv", [Format.F32, Format.BF16, Format.INT8])
@@ -243,6 +243,22 @@ def test_sharing_out_a_long_context_changes_no_bit(
         library.functions.baton_model_free(layer.model)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("kv", [Format.F32, Format.BF16, Format.INT8])
+def test_a_prompt_gets_the_same_bits_beside_others(
+    library: Library, team: TeamOf, kv: Format, window: int
+) -> None:
+    """Beside others its tokens are attended in larger tiles."""
+    ids = torch.randint(HIDDEN, (500,), generator=torch.Generator().manual_seed(6))
+    tables = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(7))[:50].view(2, 25)
+    for isa in (isa for isa in Isa if isa <= library.isa):
+        layer = make_layer(library, team(1), isa, kv, window)
+        alone = layer.run(ids[:150], [0], [150], tables)
+        beside = layer.run(ids, [0, 0], [150, 350], tables)
+        assert torch.equal(alone, beside[:150]), isa
+        library.functions.baton_model_free(layer.model)
 
 
 @pytest.mark.parametrize(
