@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from ctypes import byref
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +138,7 @@ class Compiled:
             kv=pool.storage.data_ptr(),
         )
         times = Times()
-        self.step.run(view, byref(times))
+        self.step.run(view, times)
         return float(times.attention)
 
 
@@ -179,6 +178,7 @@ def make_pool(model: str, kv: torch.dtype, blocks: int) -> KvPool:
 
 
 def compare(library: Library, isa: Isa, options: argparse.Namespace, which: Pass) -> str:
+    """A line of the table."""
     kv, threads = KV[options.kv], options.threads
     pool = make_pool(options.model, kv, which.blocks)
     batch = which.batch()

@@ -9,7 +9,9 @@ Knows nothing about who owns which block (scheduling does) or how blocks travel 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,6 +113,8 @@ class KvPool:
         self.block_bytes = geometry.block_bytes
         dtype = getattr(torch, geometry.dtype)
         shape = (blocks, *geometry.block_shape)
+        if buffer is None and torch.device(device).type == "cpu":
+            buffer = _on_huge_pages(blocks * self.block_bytes)
         if buffer is None:
             self.storage = torch.zeros(shape, dtype=dtype, device=device)
         else:
@@ -145,6 +149,16 @@ class KvPool:
         """Zero these blocks, before a sequence begins to fill them."""
         for block in blocks:
             self.storage[block].zero_()
+
+
+def _on_huge_pages(size: int) -> memoryview:
+    """Zeroed memory, on huge pages where the kernel gives them: a sequence's blocks lie apart, and
+    with small pages each costs several misses of address translation."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def _layer(
