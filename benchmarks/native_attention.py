@@ -166,7 +166,8 @@ def make_pool(model: str, kv: torch.dtype, blocks: int) -> KvPool:
     values: Tensor = torch.randn(1 << 16, generator=torch.Generator().manual_seed(2))
     if kv is not torch.int8:
         flat = pool.storage.view(-1)
-        for part in flat.split(len(values)):
+        for start in range(0, len(flat), len(values)):
+            part = flat[start : start + len(values)]
             part.copy_(values[: len(part)])
     for layer in range(layers if kv is torch.int8 else 0):
         for scales, numbers in zip(
