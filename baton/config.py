@@ -197,6 +197,11 @@ class WorkerConfig(SchedulingConfig):
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="stages that the layers are divided into, each of tensor_parallel processes"
     )
+    shared_cores: str = Field(
+        "",
+        description="file through which workers on this host lend each other idle cores, and this "
+        "one's place: PATH:FIRST:OWN:TOTAL",
+    )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     kv_blocks: Annotated[int, Field(ge=0)] = Field(0, description="KV blocks; by kv_memory if 0")
     kv_memory: Annotated[int, Field(ge=0)] = Field(

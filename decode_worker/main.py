@@ -10,6 +10,7 @@ from baton import rpc, telemetry
 from baton.config import DecodeConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
+from baton.shared_cores import Place, SharedCores
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
@@ -45,6 +46,8 @@ class DecodeServer:
             config.advertise_address or server.address, "--advertise-address"
         )
         executor = executor_from(config)
+        if config.shared_cores:
+            executor.share_cores(SharedCores(Place.parse(config.shared_cores)))
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         cost = CostTracker()
         self._dialer = _dialer(config, layout)
@@ -58,6 +61,7 @@ class DecodeServer:
             filling(self._consumer, store),
             DecodeMetrics(executor.pool.block_bytes, registry),
             reserve_timeout=config.reserve_timeout,
+            on_idle=executor.rest,
         )
         service = DecodeService(self.worker)
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(service, server.grpc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from google.rpc import code_pb2
@@ -42,7 +42,9 @@ class DecodeWorker:
         metrics: DecodeMetrics,
         *,
         reserve_timeout: float,
+        on_idle: Callable[[], None] | None = None,
     ) -> None:
+        """`on_idle` as in EngineLoop."""
         self._scheduler = scheduler
         self._consumer = consumer
         self._metrics = metrics
@@ -51,7 +53,7 @@ class DecodeWorker:
         self._pulls = Background()
         self._links = 0
         self.draining = False
-        self.engine = EngineLoop(scheduler, executor, self._on_events)
+        self.engine = EngineLoop(scheduler, executor, self._on_events, on_idle=on_idle)
 
     # What gateways ask.
 

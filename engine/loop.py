@@ -64,12 +64,15 @@ class EngineLoop(Generic[Event]):
         executor: Executor,
         on_events: OnEvents[Event],
         *,
+        on_idle: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         history: int = 1024,
     ) -> None:
+        """`on_idle` is called on the engine's thread when there is nothing to run."""
         self._scheduler = scheduler
         self._executor = executor
         self._on_events = on_events
+        self._on_idle = on_idle or (lambda: None)
         self._clock = clock
         self._awake = threading.Event()
         self._told = threading.Event()  # nothing is on its way to `on_events`
@@ -128,6 +131,7 @@ class EngineLoop(Generic[Event]):
                 with self.lock:
                     plan = self._scheduler.plan(self._clock())
                 if plan is None:
+                    self._on_idle()
                     self._awake.wait()
                 else:
                     self._step(plan, loop)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
+from pathlib import Path
 
 from baton import cores
 from baton.config import (
@@ -19,6 +21,7 @@ from baton.config import (
     environment_names,
 )
 from baton.errors import ConfigError
+from baton.shared_cores import Place
 from launcher.options import flag
 from launcher.supervisor import Command
 
@@ -57,7 +60,10 @@ def free_ports(count: int) -> list[int]:
 def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> list[Command]:
     """The command of each process: what `config` says, on the addresses given."""
     workers = config.prefill_workers + config.decode_workers
-    threads = config.threads or cores.share(cores.available(), workers)
+    available = cores.available()
+    share = cores.share(available, workers)
+    lends = config.threads == 0 and config.device == "cpu" and 1 < workers <= available
+    threads = config.threads or (available if lends else share)
     shared = config.model_dump() | {"redis_url": redis_url, "threads": threads}
     made = []
     for number, (name, address) in enumerate(addresses.items()):
@@ -72,10 +78,18 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
             settings["gateway_id"] = f"{name}-{os.getpid()}"
         else:
             settings |= {"worker_id": f"{name}-{os.getpid()}", "advertise_address": address}
+        if lends and subcommand != GATEWAY:
+            place = Place(_cores_file(), (number - 1) * share, share, available)
+            settings["shared_cores"] = str(place)
         if subcommand == "prefill":
             settings["kv_address"] = "127.0.0.1:0"
         made.append(_command(name, subcommand, kind, settings))
     return made
+
+
+def _cores_file() -> Path:
+    """Of this cluster; empty, and left behind for the system to clear away."""
+    return Path(tempfile.gettempdir()) / f"baton-{os.getuid()}-{os.getpid()}.cores"
 
 
 def _command(

@@ -10,6 +10,7 @@ from baton import telemetry
 from baton.config import PrefillConfig, require_loopback, require_reachable
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.rpc import Server
+from baton.shared_cores import Place, SharedCores
 from engine.host_blocks import to_publish
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from
@@ -46,6 +47,8 @@ class PrefillServer:
             config.advertise_address or server.address, "--advertise-address"
         )
         executor = executor_from(config, share=self._share if config.device == "cpu" else None)
+        if config.shared_cores:
+            executor.share_cores(SharedCores(Place.parse(config.shared_cores)))
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         runs, store = to_publish(executor, lambda size: self._share(size).buffer)
         self._producer = LeaseProducer(
@@ -62,7 +65,7 @@ class PrefillServer:
         self._recorder = recorder_from(config, "prefill", capacity, cost.model)
         scheduler = _scheduler(config, capacity, cost, self._recorder)
         metrics = EngineMetrics("prefill", registry)
-        self.worker = PrefillWorker(runs, scheduler, self._producer, metrics)
+        self.worker = PrefillWorker(runs, scheduler, self._producer, metrics, on_idle=executor.rest)
         service, kv_service = PrefillService(self.worker), KvServicer(self._producer)
         worker_pb2_grpc.add_PrefillServiceServicer_to_server(service, server.grpc)
         kv_pb2_grpc.add_KvServiceServicer_to_server(kv_service, server.grpc)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from baton.errors import BatonError, EngineFailed, Overloaded, Unavailable
@@ -36,7 +36,10 @@ class PrefillWorker:
         scheduler: PrefillScheduler,
         producer: Producer,
         metrics: EngineMetrics,
+        *,
+        on_idle: Callable[[], None] | None = None,
     ) -> None:
+        """`on_idle` as in EngineLoop."""
         self._scheduler = scheduler
         self._block_size = executor.capacity.block_size
         self._producer = producer
@@ -45,7 +48,7 @@ class PrefillWorker:
         self._leased: dict[bytes, Job] = {}  # whose blocks are under lease, by lease id
         self._calls = 0
         self.draining = False
-        self.engine = EngineLoop(scheduler, executor, self._on_events)
+        self.engine = EngineLoop(scheduler, executor, self._on_events, on_idle=on_idle)
 
     # What gateways ask.
 

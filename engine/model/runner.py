@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from baton.shared_cores import SharedCores
 from baton.types import Logprob, Request, Sampling, Stopping
 from engine.model import sampler
 from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
@@ -32,6 +34,15 @@ class Threads:
         """Set it for the calling thread."""
         if self.count:
             torch.set_num_threads(self.count)
+
+
+@runtime_checkable
+class ThreadsVary(Protocol):
+    """A model whose number of threads can change from one pass to the next."""
+
+    def use_threads(self, count: int) -> None:
+        """Let so many of its threads compute from now on."""
+        ...
 
 
 class TorchExecutor:
@@ -58,6 +69,7 @@ class TorchExecutor:
         self._capacity = capacity
         self._threads = threads
         self._thread: int | None = None
+        self._cores: SharedCores | None = None
         self.batches = BatchBuilder(pool.block_size, pool.storage.device)
 
     @property
@@ -72,7 +84,15 @@ class TorchExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one pass, beside its swaps or after them, or wait until a swap is complete.
-        Blocking, one at a time, but on any thread."""
+        Blocking, one at a time, but on any thread. Waiting for cores is not in its seconds."""
+        self._take_cores()
+        try:
+            return self._execute(plan)
+        finally:
+            if self._cores is not None:
+                self._cores.give_back()
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
         if self._thread != threading.get_ident():
             self._threads.apply()
@@ -83,9 +103,25 @@ class TorchExecutor:
             sampled, prompt, time.perf_counter() - started, swapped=self._swapper.collect()
         )
 
+    def share_cores(self, cores: SharedCores) -> None:
+        """Compute on the cores that each pass gets from `cores`, or on the worker's own if the
+        model, which was loaded with threads for all, cannot change them. To be called before
+        anything is served."""
+        if isinstance(self.model, ThreadsVary):
+            self._cores = cores
+        else:
+            self._threads, self._thread = Threads(cores.own), None
+
+    def rest(self) -> None:
+        """There is nothing to run now: let others have the cores."""
+        if self._cores is not None:
+            self._cores.rest()
+
     def close(self) -> None:
         """End the threads that swap. Idempotent."""
         self._swapper.close()
+        if self._cores is not None:
+            self._cores.close()
 
     def _swap(self, plan: StepPlan) -> None:
         """Begin the plan's swaps, and wait for what it wants to wait for."""
@@ -97,6 +133,11 @@ class TorchExecutor:
             self._swapper.wait_for(plan.swap_in)
         elif not plan.chunks:
             self._swapper.wait_for_any()
+
+    def _take_cores(self) -> None:
+        if self._cores is not None:
+            assert isinstance(self.model, ThreadsVary)
+            self.model.use_threads(self._cores.take())
 
     def _run(
         self, plan: StepPlan

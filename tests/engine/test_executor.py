@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from baton.shared_cores import Place, SharedCores
 from baton.types import Request, Sampling, Stopping
 from engine.executor import Executor
 from engine.model.load import load_executor
@@ -162,3 +164,41 @@ def test_every_thread_that_executes_gets_the_torch_threads_of_its_backend(
     thread.join()
     torch.set_num_threads(1)
     assert seen == [threads]
+
+
+@COMPILED
+def test_passes_compute_on_the_cores_that_are_lent_and_give_the_same_tokens(
+    tiny: Callable[..., Any],
+    drive: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = tiny("llama"), prompt(37)
+    driver = drive(model.path, threads=3, **COMPILED_HERE)
+    cores, used = SharedCores(Place(tmp_path / "cores", 0, 1, 3)), []
+    offers = iter([1, 3, 2] * 20)
+    monkeypatch.setattr(cores, "take", lambda: used.append(next(offers)) or used[-1])
+    use = driver.executor.model.use_threads
+    told: list[int] = []
+    monkeypatch.setattr(
+        driver.executor.model, "use_threads", lambda count: told.append(count) or use(count)
+    )
+    driver.executor.share_cores(cores)
+    sequence = driver.add(text, 15)
+    driver.run()
+    assert told == used and set(told) == {1, 2, 3}
+    model.assert_generates(text, sequence.tokens[len(text) :])
+
+
+def test_a_model_that_cannot_change_its_threads_stays_on_the_workers_own_cores(
+    tiny: Callable[..., Any], drive: Callable[..., Any], tmp_path: Path
+) -> None:
+    driver = drive(tiny("llama").path, threads=3, **ON_TORCH)
+    driver.executor.share_cores(SharedCores(Place(tmp_path / "cores", 1, 1, 3)))
+    before = torch.get_num_threads()
+    try:
+        driver.add(prompt(10), 2)
+        driver.step()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

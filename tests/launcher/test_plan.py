@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from baton.config import DecodeConfig, GatewayConfig, PrefillConfig, ProcessConfig, ServeConfig
 from baton.errors import ConfigError
+from baton.shared_cores import Place
 from launcher.cli import baton
 from launcher.options import read_config
 from launcher.plan import addresses_of, commands, free_ports
@@ -89,9 +90,36 @@ def test_worker_settings_that_serve_does_not_name_come_from_the_environment(
 def test_cores_are_shared_out_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("baton.cores.available", lambda: 8)
     shared = planned(ServeConfig(prefill_workers=1, decode_workers=3))
-    assert config_of(shared["decode-0"], DecodeConfig, monkeypatch).threads == 2
+    workers = [
+        config_of(shared["prefill-0"], PrefillConfig, monkeypatch),
+        config_of(shared["decode-0"], DecodeConfig, monkeypatch),
+        config_of(shared["decode-2"], DecodeConfig, monkeypatch),
+    ]
+    places = [Place.parse(worker.shared_cores) for worker in workers]
+    assert [(place.first, place.own, place.total) for place in places] == [
+        (0, 2, 8),
+        (2, 2, 8),
+        (6, 2, 8),
+    ]
+    assert len({place.path for place in places}) == 1
+    assert {worker.threads for worker in workers} == {8}
     given = planned(ServeConfig(threads=5))
-    assert config_of(given["prefill-0"], PrefillConfig, monkeypatch).threads == 5
+    prefill = config_of(given["prefill-0"], PrefillConfig, monkeypatch)
+    assert (prefill.threads, prefill.shared_cores) == (5, "")
+
+
+def test_more_workers_than_cores_lend_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("baton.cores.available", lambda: 2)
+    plan = planned(ServeConfig(prefill_workers=1, decode_workers=2))
+    decode = config_of(plan["decode-1"], DecodeConfig, monkeypatch)
+    assert (decode.threads, decode.shared_cores) == (1, "")
+
+
+def test_one_worker_has_all_cores_to_itself(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("baton.cores.available", lambda: 4)
+    plan = planned(ServeConfig(prefill_workers=0))
+    decode = config_of(plan["decode-0"], DecodeConfig, monkeypatch)
+    assert (decode.threads, decode.shared_cores) == (4, "")
 
 
 def test_each_process_has_its_own_metrics_port(monkeypatch: pytest.MonkeyPatch):
