@@ -289,6 +289,9 @@ class ServeConfig(ProcessConfig):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="threads per worker; the cores shared out if 0"
     )
+    lend_cores: bool = Field(
+        False, description="whether workers compute on cores whose own worker has nothing to do"
+    )
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="tokens per KV block")
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="processes, or GPUs, of a worker that share each layer"

@@ -62,7 +62,8 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
     workers = config.prefill_workers + config.decode_workers
     available = cores.available()
     share = cores.share(available, workers)
-    lends = config.threads == 0 and config.device == "cpu" and 1 < workers <= available
+    idle_use = config.lend_cores and config.threads == 0 and config.device == "cpu"
+    lends = idle_use and 1 < workers <= available
     threads = config.threads or (available if lends else share)
     shared = config.model_dump() | {"redis_url": redis_url, "threads": threads}
     made = []

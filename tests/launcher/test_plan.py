@@ -90,6 +90,14 @@ def test_worker_settings_that_serve_does_not_name_come_from_the_environment(
 def test_cores_are_shared_out_unless_threads_are_given(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("baton.cores.available", lambda: 8)
     shared = planned(ServeConfig(prefill_workers=1, decode_workers=3))
+    assert config_of(shared["decode-0"], DecodeConfig, monkeypatch).threads == 2
+    given = planned(ServeConfig(threads=5))
+    assert config_of(given["prefill-0"], PrefillConfig, monkeypatch).threads == 5
+
+
+def test_idle_cores_are_lent_on_request(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("baton.cores.available", lambda: 8)
+    shared = planned(ServeConfig(prefill_workers=1, decode_workers=3, lend_cores=True))
     workers = [
         config_of(shared["prefill-0"], PrefillConfig, monkeypatch),
         config_of(shared["decode-0"], DecodeConfig, monkeypatch),
@@ -103,21 +111,21 @@ def test_cores_are_shared_out_unless_threads_are_given(monkeypatch: pytest.Monke
     ]
     assert len({place.path for place in places}) == 1
     assert {worker.threads for worker in workers} == {8}
-    given = planned(ServeConfig(threads=5))
+    given = planned(ServeConfig(threads=5, lend_cores=True))
     prefill = config_of(given["prefill-0"], PrefillConfig, monkeypatch)
     assert (prefill.threads, prefill.shared_cores) == (5, "")
 
 
 def test_more_workers_than_cores_lend_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("baton.cores.available", lambda: 2)
-    plan = planned(ServeConfig(prefill_workers=1, decode_workers=2))
+    plan = planned(ServeConfig(prefill_workers=1, decode_workers=2, lend_cores=True))
     decode = config_of(plan["decode-1"], DecodeConfig, monkeypatch)
     assert (decode.threads, decode.shared_cores) == (1, "")
 
 
 def test_one_worker_has_all_cores_to_itself(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("baton.cores.available", lambda: 4)
-    plan = planned(ServeConfig(prefill_workers=0))
+    plan = planned(ServeConfig(prefill_workers=0, lend_cores=True))
     decode = config_of(plan["decode-0"], DecodeConfig, monkeypatch)
     assert (decode.threads, decode.shared_cores) == (4, "")
 
