@@ -63,7 +63,8 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
     available = cores.available()
     share = cores.share(available, workers)
     idle_use = config.lend_cores and config.threads == 0 and config.device == "cpu"
-    lends = idle_use and 1 < workers <= available
+    ranks = config.tensor_parallel * config.pipeline_parallel
+    lends = idle_use and ranks == 1 and 1 < workers <= available
     threads = config.threads or (available if lends else share)
     shared = config.model_dump() | {"redis_url": redis_url, "threads": threads}
     made = []
