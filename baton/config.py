@@ -172,8 +172,10 @@ class WorkerConfig(SchedulingConfig):
         description="number format of weights and KV; auto is the model's own, or what runs it "
         "fast where that is slow",
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none", description="int8 packs weights as int8 at load; on a CPU, by the compiled backend"
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="int8 and int4 pack weights at load, int4 in groups of 32 with scales of their "
+        "own; on a CPU, by the compiled backend",
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         "auto",
@@ -280,8 +282,8 @@ class ServeConfig(ProcessConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of weights and KV"
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none", description="int8 packs weights as int8 at load"
+    quantization: Literal["none", "int8", "int4"] = Field(
+        "none", description="int8 and int4 pack weights so at load"
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         "auto", description="number format of KV: that of dtype, or int8"

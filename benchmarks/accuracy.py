@@ -50,6 +50,7 @@ FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("bfloat16", "auto", {"dtype": "bfloat16"}),
     ("bfloat16, KV int8", "auto", {"dtype": "bfloat16", "kv_dtype": "int8"}),
     ("int8", "auto", {"dtype": "bfloat16", "quantization": "int8"}),
+    ("int4", "auto", {"dtype": "bfloat16", "quantization": "int4"}),
     ("int8, KV int8", "auto", {"dtype": "bfloat16", "quantization": "int8", "kv_dtype": "int8"}),
 )
 BATCH = 16  # sequences that generate together

@@ -1,4 +1,4 @@
-"""Products of the compiled backend beside torch's: plain, packed by oneDNN, and int8.
+"""Products of the compiled backend, also in int8 and int4, beside torch's: plain, oneDNN's, int8.
 
     python benchmarks/native_gemm.py [--threads 1] [--rounds 3] [--repeats 20]
 
@@ -79,6 +79,7 @@ def compare(library: Library, team: int, m: int, k: int, n: int, rounds: int, re
     products = {
         "bf16": compiled(library, team, Format.BF16, m, k, n),
         "int8": compiled(library, team, Format.INT8, m, k, n),
+        "int4": compiled(library, team, Format.INT4, m, k, n),
         **torch_products(m, k, n, repeats),
     }
     for product in products.values():
@@ -93,6 +94,7 @@ def compare(library: Library, team: int, m: int, k: int, n: int, rounds: int, re
         median["bf16 oneDNN"] / median["bf16"],
         median["int8 _int_mm"] / median["int8"],
         median["bf16"] / median["int8"],
+        median["int8"] / median["int4"],
     ]
     times = "".join(f"{1e6 * value:12.1f}" for value in median.values())
     return times + " |" + "".join(f"{ratio:8.2f}" for ratio in ratios)
@@ -113,8 +115,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     team = library.functions.baton_team_new(options.threads, None)
     print(f"{library.isa_name(library.isa)}, {options.threads} threads; microseconds | ratios")
-    names = ("bf16", "int8", "F.linear", "oneDNN", "_int_mm")
-    ratios = ("/linear", "/oneDNN", "/int_mm", "8 / 16")
+    names = ("bf16", "int8", "int4", "F.linear", "oneDNN", "_int_mm")
+    ratios = ("/linear", "/oneDNN", "/int_mm", "8 / 16", "4 / 8")
     print(
         f"{'k x n':>14}{'m':>5}" + "".join(f"{name:>12}" for name in names) + " |"
         + "".join(f"{ratio:>8}" for ratio in ratios)

@@ -122,7 +122,9 @@ def threads(options: dict[str, Any]) -> int:
 
 def formats(dtype: str) -> list[str]:
     """Flags for the format of the weights."""
-    return ["--dtype=bfloat16", "--quantization=int8"] if dtype == "int8" else [f"--dtype={dtype}"]
+    if dtype in ("int8", "int4"):
+        return ["--dtype=bfloat16", f"--quantization={dtype}"]
+    return [f"--dtype={dtype}"]
 
 
 def memory(pid: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ from baton.errors import ModelError
 from baton.plots import pyplot
 from engine import ceilings
 from engine.bench import beside, plots
-from engine.bench.backends import backend_of, load, weights_of
+from engine.bench.backends import QUANTIZED, backend_of, load, weights_of
 from engine.bench.models import SHAPES, random_llama
 from engine.bench.passes import Progress, shapes, time_passes
 from engine.bench.records import Point, Record, Setup, plain, save
@@ -153,8 +153,8 @@ def _loaded(path: Path, dtype: str, backend: str, options: Options) -> Iterator[
 
 
 def _backends(dtype: str, options: Options) -> tuple[str, ...]:
-    """Plain torch has no int8."""
-    return ("auto", "torch") if "torch" in options.compare and dtype != "int8" else ("auto",)
+    both = "torch" in options.compare and dtype not in QUANTIZED
+    return ("auto", "torch") if both else ("auto",)
 
 
 def _threads(options: Options) -> int:

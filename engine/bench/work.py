@@ -16,8 +16,19 @@ from engine.ceilings import Precision
 from engine.model.config import ModelConfig, read_config
 from engine.model.llama import Shape, read_shape
 
-_PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
-_ITEM_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+_PRECISIONS: dict[str, Precision] = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "int8": "int8",
+    "int4": "int8",
+}
+_ITEM_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "int8": 1.0,
+    "int4": 0.5 + 1 / 32,  # a byte for each group
+}
 
 
 class Part(NamedTuple):
@@ -53,7 +64,7 @@ class ModelCount:
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]  # of each layer; None for full attention
-    weights: str  # the format that matrices are read in: float32, bfloat16, int8, int4
+    weights: str  # the format of matrices: float32, bfloat16, int8, or int4 with a head in int8
     kv: str  # the format of the KV cache
 
     @classmethod
@@ -83,14 +94,14 @@ class ModelCount:
 
     @property
     def precision(self) -> Precision:
-        """What its products are computed in. Weight-only formats compute in bfloat16."""
+        """What its products are computed in."""
         return _PRECISIONS.get(self.weights, "bf16")
 
     @property
     def weight_bytes(self) -> float:
         """All matrices, the head among them; an embedding apart from the head is not, of which a
         pass reads a row per token."""
-        return (self.layer_weights + self.head_weights) * _ITEM_BYTES[self.weights]
+        return self.layer_weights * _ITEM_BYTES[self.weights] + self._head_bytes
 
     @property
     def kv_bytes_per_position(self) -> float:
@@ -108,8 +119,13 @@ class ModelCount:
             moved += part.length * self.hidden * _ITEM_BYTES[self.weights]  # embedding
             moved += self._kv_row * self._positions(part)
         if rows:
-            moved += self.head_weights * _ITEM_BYTES[self.weights]
+            moved += self._head_bytes
         return Work(moved, operations)
+
+    @property
+    def _head_bytes(self) -> float:
+        head = "int8" if self.weights == "int4" else self.weights
+        return self.head_weights * _ITEM_BYTES[head]
 
     @property
     def _kv_row(self) -> float:

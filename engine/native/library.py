@@ -29,6 +29,7 @@ class Format(IntEnum):
     BF16 = 1
     F16 = 2
     INT8 = 3
+    INT4 = 4
 
 
 class Isa(IntEnum):

@@ -139,7 +139,8 @@ def _shape(config: ModelConfig, shape: Shape, options: StepOptions) -> library.S
         vocabulary=config.vocab_size,
         activation=ACTIVATIONS[config.source.hidden_act],
         weights=weights,
-        head=weights,
+        # An error of the head is one of the logits: four bits there cost half as much again.
+        head=Format.INT8 if weights is Format.INT4 else weights,
         kv=Format.INT8 if options.kv_dtype is torch.int8 else FORMATS[options.dtype],
         block_size=options.block_size,
         max_tokens=options.max_tokens,

@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 FAMILY = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
-QUANTIZATIONS = {"none": None, "int8": Format.INT8}
+QUANTIZATIONS = {"none": None, "int8": Format.INT8, "int4": Format.INT4}
 # What --dtype auto makes of a checkpoint's own format; float32 of any other. The library has no
 # float16; it widens bfloat16 in registers on processors that cannot multiply it.
 _AUTO = {

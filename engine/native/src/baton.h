@@ -9,8 +9,15 @@
 
 #define BATON_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Numbers as they are stored. int8: per row or column a float32 scale beside them.
-enum BatonFormat : int32_t { BATON_F32 = 0, BATON_BF16 = 1, BATON_F16 = 2, BATON_INT8 = 3 };
+// Numbers as they are stored. int8: per row or column a float32 scale beside them; int4, of weights
+// only: groups of 32 have integer scales below that (int4.h).
+enum BatonFormat : int32_t {
+  BATON_F32 = 0,
+  BATON_BF16 = 1,
+  BATON_F16 = 2,
+  BATON_INT8 = 3,
+  BATON_INT4 = 4,
+};
 
 // The instruction sets that kernels exist for, each one including those before it.
 enum BatonIsa : int32_t {
@@ -44,7 +51,7 @@ enum BatonVector : int32_t {
 struct BatonShape {
   int32_t layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary;
   int32_t activation;  // BatonActivation
-  int32_t weights;     // BatonFormat: F32, BF16 or INT8, what packed matrices hold
+  int32_t weights;     // BatonFormat: F32, BF16, INT8 or INT4, what packed matrices hold
   int32_t head;        // the same, of the output head
   int32_t kv;          // BatonFormat: F32, BF16 or INT8
   int32_t block_size;  // positions of a KV block

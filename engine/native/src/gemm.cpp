@@ -8,38 +8,41 @@ namespace baton {
 namespace {
 
 BatonFormat widened(BatonFormat weights) {
-  return weights == BATON_INT8 ? BATON_INT8 : BATON_F32;
+  return weights == BATON_INT8 || weights == BATON_INT4 ? BATON_INT8 : BATON_F32;
 }
 
-BatonFormat as_weights(BatonFormat weights) { return weights; }
+BatonFormat as_weights(BatonFormat weights) { return weights == BATON_INT4 ? BATON_INT8 : weights; }
 
 void nothing() {}
 
-template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8>
+template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8, PanelsKernel int4>
 void panels_of(const Packed& w, const Rows& x, int first, int count, const Sink& sink) {
   switch (w.format) {
     case BATON_BF16: return bf16(w, x, first, count, sink);
     case BATON_INT8: return int8(w, x, first, count, sink);
+    case BATON_INT4: return int4(w, x, first, count, sink);
     default: return f32(w, x, first, count, sink);
   }
 }
 
-template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8>
+template <PanelsKernel f32, PanelsKernel bf16, PanelsKernel int8, PanelsKernel int4>
 constexpr GemmKernels kernels_of(BatonFormat (*rows_format)(BatonFormat), void (*begin)() = nothing,
                                  void (*end)() = nothing) {
-  return {rows_format, panels_of<f32, bf16, int8>, begin, end};
+  return {rows_format, panels_of<f32, bf16, int8, int4>, begin, end};
 }
 
-constexpr GemmKernels kPortable = kernels_of<f32_portable, bf16_portable, int8_portable>(widened);
+constexpr GemmKernels kPortable =
+    kernels_of<f32_portable, bf16_portable, int8_portable, int4_portable>(widened);
 #if defined(BATON_X86)
-constexpr GemmKernels kAvx2 = kernels_of<f32_avx2, bf16_avx2, int8_avx2>(widened);
-constexpr GemmKernels kAvx512 = kernels_of<f32_avx512, bf16_avx512, int8_avx512>(widened);
+constexpr GemmKernels kAvx2 = kernels_of<f32_avx2, bf16_avx2, int8_avx2, int4_avx2>(widened);
+constexpr GemmKernels kAvx512 =
+    kernels_of<f32_avx512, bf16_avx512, int8_avx512, int4_avx512>(widened);
 #endif
 #if defined(BATON_X86_NEW)
 constexpr GemmKernels kAvx512Bf16 =
-    kernels_of<f32_avx512, bf16_avx512_bf16, int8_avx512_vnni>(as_weights);
+    kernels_of<f32_avx512, bf16_avx512_bf16, int8_avx512_vnni, int4_avx512_vnni>(as_weights);
 constexpr GemmKernels kAmx =
-    kernels_of<f32_avx512, bf16_amx, int8_amx>(as_weights, begin_amx, end_amx);
+    kernels_of<f32_avx512, bf16_amx, int8_amx, int4_amx>(as_weights, begin_amx, end_amx);
 #endif
 
 // Panels are handed out in pieces that shrink: long ones first, which memory streams best, single

@@ -3,7 +3,7 @@
 // A panel is 32 output columns with all of their inputs, contiguous, so that one thread streams
 // it from memory once however many rows x has:
 //   F32   [k][32]            BF16  [k / 2][32][2]
-//   INT8  [k / 4][32][4]
+//   INT8  [k / 4][32][4]         INT4  see int4.h
 // k is padded with zeros to a multiple of 64, n to a multiple of 32. The order in which a row's
 // products are added never depends on how many rows there are: a token's numbers are the same in
 // every batch.
@@ -27,8 +27,8 @@ struct Packed {
   int64_t depth = 0;              // k with padding
   const void* panels = nullptr;
   int64_t panel_bytes = 0;
-  const float* scales = nullptr;  // [n padded], INT8: of each output column
-  const int32_t* sums = nullptr;  // [n padded], INT8: 128 times the sum of a column's weights
+  const float* scales = nullptr;  // [n padded], INT8 and INT4: of each output column
+  const int32_t* sums = nullptr;  // [n padded], INT8 and INT4: 128 times the sum of a column's integers
   int panels_count() const { return static_cast<int>((n + kPanel - 1) / kPanel); }
 };
 

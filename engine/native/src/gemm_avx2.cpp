@@ -14,6 +14,7 @@ namespace baton {
 namespace {
 
 #include "rows_in_tiles.inc"
+#include "scale_avx2.inc"
 
 template <int R>
 inline void store(const __m256 (&sums)[R][4], float* y) {
@@ -128,14 +129,6 @@ struct Int8 {
       for (int c = 0; c < 2; c++)
         scale(w, panel * kPanel + column + 8 * c, x.scales[first + r],
               pairs_added(sums[r][2 * c], sums[r][2 * c + 1]), y + r * kPanel + column + 8 * c);
-  }
-
-  // 8 sums become numbers; the uint8 inputs are 128 too large, which w.sums takes away.
-  static void scale(const Packed& w, int column, float row_scale, __m256i sums, float* y) {
-    __m256i exact = _mm256_sub_epi32(
-        sums, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.sums + column)));
-    __m256 factor = _mm256_mul_ps(_mm256_loadu_ps(w.scales + column), _mm256_set1_ps(row_scale));
-    _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), factor));
   }
 };
 

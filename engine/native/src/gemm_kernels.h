@@ -37,6 +37,11 @@ BATON_KERNEL(bf16_avx512_bf16);
 BATON_KERNEL(int8_avx512_vnni);
 BATON_KERNEL(bf16_amx);
 BATON_KERNEL(int8_amx);
+BATON_KERNEL(int4_portable);
+BATON_KERNEL(int4_avx2);
+BATON_KERNEL(int4_avx512);
+BATON_KERNEL(int4_avx512_vnni);
+BATON_KERNEL(int4_amx);
 void begin_amx();
 void end_amx();
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "error.h"
+#include "int4.h"
 #include "numbers.h"
 
 namespace baton {
@@ -15,12 +16,15 @@ namespace {
 
 constexpr int64_t kMaxInt8Depth = 65536;  // 255 * 127 * depth must fit into 31 bits
 
-int64_t bytes_of(BatonFormat format) {
+bool is_integer(BatonFormat format) { return format == BATON_INT8 || format == BATON_INT4; }
+
+int64_t panel_bytes(BatonFormat format, int64_t depth) {
   switch (format) {
-    case BATON_F32: return 4;
-    case BATON_BF16: return 2;
-    case BATON_INT8: return 1;
-    default: throw std::invalid_argument("weights are packed as float32, bfloat16 or int8");
+    case BATON_F32: return 4 * depth * kPanel;
+    case BATON_BF16: return 2 * depth * kPanel;
+    case BATON_INT8: return depth * kPanel;
+    case BATON_INT4: return depth / kBlockInputs * kBlockBytes;
+    default: throw std::invalid_argument("weights are packed as float32, bfloat16, int8 or int4");
   }
 }
 
@@ -47,15 +51,15 @@ void put_bf16(const float* row, int64_t k, uint16_t* panel, int column) {
     panel[i / 2 * (2 * kPanel) + 2 * column + i % 2] = bf16_of_float(row[i]);
 }
 
-// False if a weight is not finite.
-bool put_int8(const float* row, int64_t k, int8_t* panel, int column, float* scale, int32_t* sum) {
+bool finite(const float* row, int64_t k) {
+  bool all = true;
+  for (int64_t i = 0; i < k; i++) all &= std::isfinite(row[i]);
+  return all;
+}
+
+void put_int8(const float* row, int64_t k, int8_t* panel, int column, float* scale, int32_t* sum) {
   float largest = 0;
-  bool finite = true;
-  for (int64_t i = 0; i < k; i++) {
-    finite &= std::isfinite(row[i]);
-    largest = std::max(largest, std::fabs(row[i]));
-  }
-  if (!finite) return false;
+  for (int64_t i = 0; i < k; i++) largest = std::max(largest, std::fabs(row[i]));
   *scale = largest / 127;
   float inverse = *scale > 0 ? 127 / largest : 0;
   if (!std::isfinite(inverse)) *scale = inverse = 0;  // all of them next to nothing
@@ -66,7 +70,6 @@ bool put_int8(const float* row, int64_t k, int8_t* panel, int column, float* sca
     panel[i / 4 * (4 * kPanel) + 4 * column + i % 4] = static_cast<int8_t>(value);
   }
   *sum = 128 * total;
-  return true;
 }
 
 }  // namespace
@@ -76,13 +79,13 @@ PackedMatrix::PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns col
   if (n <= 0 || k <= 0) throw std::invalid_argument("a matrix without rows or columns");
   if (columns == Columns::kPaired && n % kPanel != 0)
     throw std::invalid_argument("paired columns need a multiple of 32 rows");
-  if (format == BATON_INT8 && k > kMaxInt8Depth)
-    throw std::invalid_argument("int8 weights need at most 65536 inputs");
+  if (is_integer(format) && k > kMaxInt8Depth)
+    throw std::invalid_argument("integer weights need at most 65536 inputs");
   depth_ = (k + kDepth - 1) / kDepth * kDepth;
-  panel_bytes_ = depth_ * kPanel * bytes_of(format);
+  panel_bytes_ = panel_bytes(format, depth_);
   int64_t panels = (n + kPanel - 1) / kPanel;
   panels_ = Memory(static_cast<size_t>(panels * panel_bytes_));
-  if (format == BATON_INT8)
+  if (is_integer(format))
     columns_data_ = Memory(static_cast<size_t>(panels * kPanel) * (sizeof(float) + sizeof(int32_t)));
 }
 
@@ -101,7 +104,7 @@ Packed PackedMatrix::view() const {
   packed.depth = depth_;
   packed.panels = panels_.as<void>();
   packed.panel_bytes = panel_bytes_;
-  if (format_ == BATON_INT8) {
+  if (is_integer(format_)) {
     packed.scales = columns_data_.as<float>();
     packed.sums = columns_data_.as<int32_t>() + packed.panels_count() * kPanel;
   }
@@ -126,11 +129,15 @@ int PackedMatrix::pack(int64_t first, int64_t rows, const void* source, BatonFor
         read_row(source, source_format, from - first, k_, row.data());
         if (format_ == BATON_F32) put_f32(row.data(), k_, reinterpret_cast<float*>(to), column);
         if (format_ == BATON_BF16) put_bf16(row.data(), k_, reinterpret_cast<uint16_t*>(to), column);
-        if (format_ == BATON_INT8 &&
-            !put_int8(row.data(), k_, reinterpret_cast<int8_t*>(to), column,
-                      const_cast<float*>(packed.scales) + packed_column,
-                      const_cast<int32_t*>(packed.sums) + packed_column))
+        if (!is_integer(format_)) continue;
+        auto* scale = const_cast<float*>(packed.scales) + packed_column;
+        auto* sum = const_cast<int32_t*>(packed.sums) + packed_column;
+        if (!finite(row.data(), k_))
           broken = from;
+        else if (format_ == BATON_INT8)
+          put_int8(row.data(), k_, reinterpret_cast<int8_t*>(to), column, scale, sum);
+        else
+          put_int4(row.data(), k_, reinterpret_cast<uint8_t*>(to), column, scale, sum);
       }
     }
   });

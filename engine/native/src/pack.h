@@ -1,7 +1,7 @@
 // Matrices in the layout that the kernels read (gemm.h).
 //
 // INT8 is symmetric per output channel: scale = max |w| / 127 of a row of the source, weights rounded
-// to the nearest, ties to even.
+// to the nearest, ties to even. INT4: see int4.h.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ class PackedMatrix {
   PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns columns = Columns::kInOrder);
 
   // Pack `rows` rows from row `first` on. source: [rows, k] of F32, BF16 or F16. Outside of
-  // `team.run`. 0, or what `fail` returns: rows out of range, or weights for INT8 that are not finite.
+  // `team.run`. 0, or what `fail` returns: rows out of range, or weights for INT8 or INT4 that are not finite.
   int pack(int64_t first, int64_t rows, const void* source, BatonFormat source_format, Team& team);
 
   Packed view() const;
@@ -40,7 +40,7 @@ class PackedMatrix {
   int64_t n_ = 0, k_ = 0, depth_ = 0, panel_bytes_ = 0;
   Columns columns_ = Columns::kInOrder;
   Memory panels_;
-  Memory columns_data_;  // INT8: scales, then sums
+  Memory columns_data_;  // INT8 and INT4: scales, then sums
 };
 
 }  // namespace baton

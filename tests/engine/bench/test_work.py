@@ -70,11 +70,9 @@ def test_other_formats_change_the_bytes_and_not_the_operations() -> None:
     eight = SMALL.with_weights("int8")
     assert eight.work(parts).operations == SMALL.work(parts).operations
     assert SMALL.work(parts).bytes - eight.work(parts).bytes == 960 + 800 + 8
-    assert (SMALL.precision, eight.precision, SMALL.with_weights("int4").precision) == (
-        "bf16",
-        "int8",
-        "bf16",
-    )
+    four = SMALL.with_weights("int4")
+    assert four.work(parts).bytes == eight.work(parts).bytes - (960 + 8) * (1 - 17 / 32)
+    assert (SMALL.precision, eight.precision, four.precision) == ("bf16", "int8", "int8")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window", "llama-biases-tied"])

@@ -161,8 +161,10 @@ def test_a_checkpoint_runs_in_the_nearest_format_that_the_library_has(
         ({"dtype": "bfloat16"}, 0.05),
         ({"dtype": "float32", "quantization": "int8"}, 0.08),
         ({"dtype": "bfloat16", "quantization": "int8"}, 0.08),
+        ({"dtype": "float32", "quantization": "int4"}, 0.35),
+        ({"dtype": "bfloat16", "quantization": "int4"}, 0.35),
     ],
-    ids=["bfloat16", "int8-float32", "int8-bfloat16"],
+    ids=["bfloat16", "int8-float32", "int8-bfloat16", "int4-float32", "int4-bfloat16"],
 )
 def test_narrow_formats_stay_near_the_float32_logits_on_every_instruction_set(
     name: str, options: dict[str, str], tolerance: float, tiny: Callable[..., Any]
@@ -179,10 +181,14 @@ def test_narrow_formats_stay_near_the_float32_logits_on_every_instruction_set(
 @COMPILED
 def test_quantized_weights_are_another_model_with_the_same_kv(tiny: Callable[..., Any]) -> None:
     path = tiny("llama").path
-    plain, packed = (load_executor(path, threads=1, quantization=q) for q in ("none", "int8"))
-    assert plain.fingerprint != packed.fingerprint
-    assert plain.pool.geometry.dtype == packed.pool.geometry.dtype == "float32"
-    assert packed.model.packed_bytes < plain.model.packed_bytes  # type: ignore[attr-defined]
+    plain, eight, four = (
+        load_executor(path, threads=1, quantization=name) for name in ("none", "int8", "int4")
+    )
+    assert len({one.fingerprint for one in (plain, eight, four)}) == 3
+    assert {one.pool.geometry.dtype for one in (plain, eight, four)} == {"float32"}
+    sizes = [one.model.packed_bytes for one in (plain, eight, four)]  # type: ignore[attr-defined]
+    assert sizes[0] > sizes[1] >= sizes[2]
+    assert [one.weight_dtype for one in (plain, eight, four)] == ["float32", "int8", "int4"]
     on_torch = load_executor(path, threads=1, attention_backend="torch")
     assert on_torch.pool.geometry == plain.pool.geometry
 

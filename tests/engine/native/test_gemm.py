@@ -11,7 +11,8 @@ import torch
 from engine.native.library import Format, Isa, Library
 from tests.engine.native.conftest import TeamOf
 
-FORMATS = (Format.F32, Format.BF16, Format.INT8)
+FORMATS = (Format.F32, Format.BF16, Format.INT8, Format.INT4)
+INTEGERS = (Format.INT8, Format.INT4)
 # Odd on purpose: panels are 32 columns, k is padded to 64, tiles of rows are 3 to 32 high.
 SHAPES = (
     (1, 32, 64),
@@ -62,12 +63,21 @@ def quantized(rows: torch.Tensor) -> torch.Tensor:
     return steps.double() * (largest / 127).double()
 
 
-def rounded(x: torch.Tensor, w: torch.Tensor, weights: Format, isa: Isa) -> list[torch.Tensor]:
+def packed_int4(library: Library, team: int, w: torch.Tensor) -> torch.Tensor:
+    """The weights as int4 keeps them: one-hot rows find them. Zeros come back as such."""
+    return multiply(library, team, Isa.PORTABLE, Format.INT4, torch.eye(w.shape[1]), w).T
+
+
+def rounded(
+    library: Library, team: int, isa: Isa, weights: Format, x: torch.Tensor, w: torch.Tensor
+) -> list[torch.Tensor]:
     """What the kernels multiply, in float64: the inputs as the format rounds them."""
     if weights is Format.F32:
         return [x.double(), w.double()]
     if weights is Format.INT8:
         return [quantized(x), quantized(w)]
+    if weights is Format.INT4:
+        return [quantized(x), packed_int4(library, team, w).double()]
     rows = x.bfloat16() if isa >= Isa.AVX512_BF16 else x
     return [rows.double(), w.bfloat16().double()]
 
@@ -82,10 +92,10 @@ def test_products_are_those_of_the_rounded_inputs(
     for m, n, k in SHAPES:
         x, w = operands(m, n, k)
         y = multiply(library, team(2), isa, weights, x, w)
-        exact_x, exact_w = rounded(x, w, weights, isa)
+        exact_x, exact_w = rounded(library, team(1), isa, weights, x, w)
         # Each of k additions errs by half a unit in the last place of at most the sum of
-        # magnitudes; int8 adds up integers, which is exact, and rounds when it scales.
-        additions = 4 if weights is Format.INT8 else k + 2
+        # magnitudes; int8 and int4 add up integers, which is exact, and round when they scale.
+        additions = 8 if weights in INTEGERS else k + 2
         bound = additions * 2.0**-24 * (exact_x.abs() @ exact_w.abs().T) + 1e-30
         errors = (y.double() - exact_x @ exact_w.T).abs()
         assert bool((errors <= bound).all()), (m, n, k, (errors / bound).max().item())
@@ -108,7 +118,7 @@ def test_a_row_is_the_same_bits_in_every_batch(
         assert torch.equal(part, whole[:rows]), rows
 
 
-@pytest.mark.parametrize("weights", (Format.BF16, Format.INT8), ids=lambda weights: weights.name)
+@pytest.mark.parametrize("weights", FORMATS[1:], ids=lambda weights: weights.name)
 def test_rows_that_exceed_the_cache_are_the_same_bits(
     library: Library, team: TeamOf, weights: Format
 ) -> None:
@@ -120,20 +130,25 @@ def test_rows_that_exceed_the_cache_are_the_same_bits(
         assert torch.equal(part, whole[rows]), rows
 
 
-def test_int8_is_the_same_bits_in_every_instruction_set(library: Library, team: TeamOf) -> None:
-    x, w = operands(37, 70, 200)
-    products = [multiply(library, team(2), isa, Format.INT8, x, w) for isa in sets_here(library)]
-    for other in products[1:]:
-        assert torch.equal(other, products[0])
+@pytest.mark.parametrize("weights", INTEGERS, ids=lambda weights: weights.name)
+def test_integers_give_the_same_bits_in_every_instruction_set(
+    library: Library, team: TeamOf, weights: Format
+) -> None:
+    for m in (3, 37):
+        x, w = operands(m, 70, 200)
+        products = [multiply(library, team(2), isa, weights, x, w) for isa in sets_here(library)]
+        for other in products[1:]:
+            assert torch.equal(other, products[0])
 
 
-def test_int8_does_not_saturate(library: Library, team: TeamOf) -> None:
+@pytest.mark.parametrize("weights", INTEGERS, ids=lambda weights: weights.name)
+def test_integers_do_not_saturate(library: Library, team: TeamOf, weights: Format) -> None:
     # The largest bytes there are, whose pairs do not fit into 16 bits.
     k = 4864
     x, w = torch.ones(5, k), torch.ones(40, k)
     w[::2] = -1
     for isa in sets_here(library):
-        y = multiply(library, team(1), isa, Format.INT8, x, w)
+        y = multiply(library, team(1), isa, weights, x, w)
         torch.testing.assert_close(y, x @ w.T, rtol=1e-6, atol=0)
 
 
@@ -144,12 +159,15 @@ def test_int8_is_within_two_percent_of_the_float_product(library: Library, team:
     assert ((y - exact).norm() / exact.norm()).item() < 0.02
 
 
-def test_int8_refuses_weights_that_are_not_finite(library: Library, team: TeamOf) -> None:
+@pytest.mark.parametrize("weights", INTEGERS, ids=lambda weights: weights.name)
+def test_integers_refuse_weights_that_are_not_finite(
+    library: Library, team: TeamOf, weights: Format
+) -> None:
     for bad in (torch.nan, torch.inf):
         x, w = operands(1, 40, 64)
         w[37, 5] = bad
         with pytest.raises(Exception, match="row 37 has weights that are not finite"):
-            multiply(library, team(2), library.isa, Format.INT8, x, w)
+            multiply(library, team(2), library.isa, weights, x, w)
 
 
 def test_zero_weights_and_rows_give_zeros(library: Library, team: TeamOf) -> None:
@@ -176,7 +194,7 @@ def test_a_nan_stays_in_its_row(library: Library, team: TeamOf) -> None:
 
 def test_formats_and_sets_without_kernels_are_refused(library: Library, team: TeamOf) -> None:
     x, w = operands(1, 32, 64)
-    with pytest.raises(Exception, match="float32, bfloat16 or int8"):
+    with pytest.raises(Exception, match="float32, bfloat16, int8 or int4"):
         multiply(library, team(1), Isa.PORTABLE, Format.F16, x, w)
     with pytest.raises(Exception, match="lacks the instruction set"):
         code = library.functions.baton_multiply(

@@ -232,12 +232,15 @@ def test_bfloat16_is_as_near_to_float32_as_torch_in_bfloat16(library: Library, n
         assert worst(served, torch_model(name)) < bound, isa
 
 
-def test_int8_weights_stay_near_float32(library: Library) -> None:
+@pytest.mark.parametrize(("weights", "bound"), [(Format.INT8, 0.05), (Format.INT4, 0.25)])
+def test_quantized_weights_stay_near_float32(
+    library: Library, weights: Format, bound: float
+) -> None:
     for isa in isas(library):
         served = compiled_model(
-            library, "heads-of-64-tied", isa=isa, dtype=torch.bfloat16, quantization=Format.INT8
+            library, "heads-of-64-tied", isa=isa, dtype=torch.bfloat16, quantization=weights
         )
-        assert worst(served, torch_model("heads-of-64-tied")) < 0.05, isa
+        assert worst(served, torch_model("heads-of-64-tied")) < bound, isa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
