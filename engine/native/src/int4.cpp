@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
-#include "numbers.h"
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace baton {
 namespace {
@@ -13,8 +16,16 @@ constexpr int kMostWeight = 127;
 
 // In the compiler's own vectors: additions in one order, whatever it makes of them.
 typedef float Floats __attribute__((vector_size(16)));
-constexpr int kWidth = 4;
+constexpr int kWidth = 4;  // also the inputs of a line
 constexpr int kVectors = kGroup / kWidth;
+
+#if defined(__x86_64__)
+Floats smaller(Floats a, Floats b) { return _mm_min_ps(a, b); }
+Floats larger(Floats a, Floats b) { return _mm_max_ps(a, b); }
+#else
+Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+#endif
 
 // A group of weights in units of their column's scale, zeros after the last one.
 struct Weights {
@@ -22,11 +33,16 @@ struct Weights {
   float lowest = 0, highest = 0;  // and zero
 
   Weights(const float* from, int count, float inverse) {
-    for (int i = 0; i < count; i++) {
-      float value = from[i] * inverse;
-      values[i / kWidth][i % kWidth] = value;
-      lowest = std::min(lowest, value);
-      highest = std::max(highest, value);
+    std::memcpy(values, from, static_cast<size_t>(count) * sizeof(float));
+    Floats least = {}, most = {};
+    for (Floats& value : values) {
+      value *= inverse;
+      least = smaller(value, least);
+      most = larger(value, most);
+    }
+    for (int i = 0; i < kWidth; i++) {
+      lowest = std::min(lowest, least[i]);
+      highest = std::max(highest, most[i]);
     }
   }
 };
@@ -35,27 +51,24 @@ struct Grid {
   int step = 1, zero = 0;
 };
 
-Floats bounded(Floats x, float least, float most) {
-  x = x < least ? Floats{} + least : x;
-  return x > most ? Floats{} + most : x;
+// The nearest number of a grid, less its zero.
+Floats rounded(Floats weights, Grid grid) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: no place left for a fraction
+  float zero = magic + static_cast<float>(grid.zero);
+  return smaller(larger(weights * (1.0f / static_cast<float>(grid.step)) + zero, Floats{} + magic),
+                 Floats{} + (magic + kMost)) -
+         zero;
 }
 
-// The nearest numbers of a grid.
-Floats numbers_of(Floats weights, Grid grid) {
-  const float magic = 12582912.0f;  // 1.5 * 2^23: no place left for a fraction
-  Floats rounded = (weights * (1.0f / static_cast<float>(grid.step)) + magic) - magic;
-  return bounded(rounded + static_cast<float>(grid.zero), 0, kMost);
-}
+float sum_of(Floats values) { return (values[0] + values[1]) + (values[2] + values[3]); }
 
 float squared_error(const Weights& weights, Grid grid) {
   Floats sum = {};
   for (Floats values : weights.values) {
-    Floats found = (numbers_of(values, grid) - static_cast<float>(grid.zero)) * static_cast<float>(grid.step);
-    sum += (found - values) * (found - values);
+    Floats error = rounded(values, grid) * static_cast<float>(grid.step) - values;
+    sum += error * error;
   }
-  float total = 0;
-  for (int i = 0; i < kWidth; i++) total += sum[i];
-  return total;
+  return sum_of(sum);
 }
 
 struct Choice {
@@ -67,12 +80,13 @@ bool fits(Grid grid) {
   return grid.step * std::max(grid.zero, kMost - grid.zero) <= kMostWeight;
 }
 
-// Steps from the one that spans the group down to half of it, which cuts off the ends for a finer grid.
+// Steps from the one that spans the group down to two thirds of it: they cut off the ends for a finer
+// grid.
 Choice choose(const Weights& weights) {
   float span = (weights.highest - weights.lowest) / kMost;
   int widest = std::clamp(static_cast<int>(std::ceil(span)), 1, kMost);
   Choice best{{1, 8}, INFINITY};
-  for (int step = widest; step >= 1 && (2 * step >= widest || std::isinf(best.error)); step--) {
+  for (int step = widest; step >= 1 && (3 * step >= 2 * widest || std::isinf(best.error)); step--) {
     // What is cut off is cut off at both ends.
     float cut = std::max(0.0f, (span - static_cast<float>(step)) * kMost / 2);
     float zero = -(weights.lowest + cut) / static_cast<float>(step);
@@ -102,7 +116,7 @@ void put_int4(const float* row, int64_t k, uint8_t* panel, int column, float* sc
   float first_scale = scale_of(row, k), inverse = first_scale > 0 ? 1 / first_scale : 0;
   if (!std::isfinite(inverse)) inverse = 0;  // all of them next to nothing
   int32_t total = 0;
-  double matched = 0, squares = 0;
+  double matched = 0, squares = 0;  // of the integers, with the weights and with themselves
   for (int64_t first = 0; first < k; first += kGroup) {
     int count = static_cast<int>(std::min<int64_t>(kGroup, k - first));
     Weights weights(row + first, count, inverse);
@@ -110,19 +124,22 @@ void put_int4(const float* row, int64_t k, uint8_t* panel, int column, float* sc
     uint8_t* block = panel + first / kBlockInputs * kBlockBytes;
     int half = static_cast<int>(first / kGroup % 2);
     block[half * kPanel + column] = static_cast<uint8_t>(grid.step | grid.zero << 4);
-    uint8_t* numbers = block + 2 * kPanel + 4 * column;
-    for (int i = 0; i < kGroup; i++) {
-      if (i % kWidth != 0) continue;
-      Floats found = numbers_of(weights.values[i / kWidth], grid);
-      for (int j = 0; j < kWidth; j++) {
-        int number = static_cast<int>(found[j]), weight = (number - grid.zero) * grid.step;
-        uint8_t& at = numbers[(i + j) / 4 * (4 * kPanel) + (i + j) % 4];
-        at = static_cast<uint8_t>(half == 0 ? (at & 0xf0) | number : (at & 0x0f) | number << 4);
-        total += weight;
-        matched += static_cast<double>(weight) * weights.values[i / kWidth][j];
-        squares += static_cast<double>(weight) * weight;
+    Floats sums[3] = {};
+    uint8_t* line = block + 2 * kPanel + 4 * column;  // of four inputs
+    for (Floats values : weights.values) {
+      Floats numbers = rounded(values, grid), integers = numbers * static_cast<float>(grid.step);
+      sums[0] += integers;
+      sums[1] += integers * values;
+      sums[2] += integers * integers;
+      for (int i = 0; i < 4; i++) {
+        int number = static_cast<int>(numbers[i]) + grid.zero;
+        line[i] = static_cast<uint8_t>(half == 0 ? number : line[i] | number << 4);
       }
+      line += 4 * kPanel;
     }
+    total += static_cast<int32_t>(sum_of(sums[0]));
+    matched += sum_of(sums[1]);
+    squares += sum_of(sums[2]);
   }
   // The scale that suits what was chosen best.
   *scale = squares > 0 && inverse > 0 ? static_cast<float>(first_scale * (matched / squares)) : 0;
