@@ -23,11 +23,13 @@ from engine.model.batch import build_batch
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.native import select
-from engine.native.library import Isa, load
+from engine.native.library import Isa, Library, load
 from engine.native.model import CompiledLlama
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
 from tests.engine.conftest import COMPILED, CONFIGS, VOCAB
+from tests.engine.native.conftest import TeamOf
+from tests.engine.native.test_gemm import packed_int4
 
 PROMPT = [5, 17, 3, 44, 101, 9, 120, 7]
 _LIBRARY = load()
@@ -161,10 +163,8 @@ def test_a_checkpoint_runs_in_the_nearest_format_that_the_library_has(
         ({"dtype": "bfloat16"}, 0.05),
         ({"dtype": "float32", "quantization": "int8"}, 0.08),
         ({"dtype": "bfloat16", "quantization": "int8"}, 0.08),
-        ({"dtype": "float32", "quantization": "int4"}, 0.35),
-        ({"dtype": "bfloat16", "quantization": "int4"}, 0.35),
     ],
-    ids=["bfloat16", "int8-float32", "int8-bfloat16", "int4-float32", "int4-bfloat16"],
+    ids=["bfloat16", "int8-float32", "int8-bfloat16"],
 )
 def test_narrow_formats_stay_near_the_float32_logits_on_every_instruction_set(
     name: str, options: dict[str, str], tolerance: float, tiny: Callable[..., Any]
@@ -176,6 +176,27 @@ def test_narrow_formats_stay_near_the_float32_logits_on_every_instruction_set(
         found = logits_of(load_executor(model.path, threads=1, **chosen), text)[0]
         distance = (found - exact).norm() / (exact - exact.mean()).norm()
         assert distance < tolerance, isa.name
+
+
+@COMPILED
+@pytest.mark.parametrize("name", ["llama", "llama-biases-tied", "qwen3", "mistral-window"])
+def test_int4_is_near_the_model_whose_matrices_were_rounded_so(
+    name: str, tiny: Callable[..., Any], library: Library, team: TeamOf, tmp_path: Path
+) -> None:
+    def round_matrices(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if key.endswith("proj.weight"):
+                tensors[key] = packed_int4(library, team(1), tensor.float()).contiguous()
+
+    model, text = tiny(name), PROMPT * 3
+    directory = Path(shutil.copytree(model.path, tmp_path / "model"))
+    rewrite(directory, round_matrices)
+    exact = logits_of(load_executor(directory, threads=1, attention_backend="torch"), text)[0]
+    for isa in ISAS:
+        chosen = {"quantization": "int4", "instruction_set": isa.name.lower()}
+        found = logits_of(load_executor(model.path, threads=1, dtype="float32", **chosen), text)[0]
+        distance = (found - exact).norm() / (exact - exact.mean()).norm()
+        assert distance < 0.08, isa.name
 
 
 @COMPILED
