@@ -123,7 +123,8 @@ class _Tables:
     def of(self, chunks: tuple[Chunk, ...], block_size: int) -> NDArray[np.int64]:
         """The blocks that hold each chunk's context, padded to one width with the last of them:
         [S, width], a copy."""
-        before, known, places, width = self._known, {}, [], 0
+        before, places, width = self._known, [], 0
+        known: dict[Sequence, _Table] = {}
         for sequence, start, length, _ in chunks:
             used = -(-(start + length) // block_size)
             table = before.pop(sequence, None) or known.get(sequence)

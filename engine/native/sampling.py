@@ -77,7 +77,7 @@ class CompiledChoice:
         }
         shares, top_shares = np.empty(rows, np.float32), np.empty((rows, width), np.float32)
         ranks, top_tokens = np.empty(rows, np.int64), np.empty((rows, width), np.int64)
-        written = {
+        written: dict[str, NDArray[Any]] = {
             "shares": shares,
             "ranks": ranks,
             "top_tokens": top_tokens,
