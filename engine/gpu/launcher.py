@@ -13,6 +13,7 @@ from baton.types import Logprob
 from engine.attention.contract import Batch
 from engine.gpu.choice import DeviceChoice
 from engine.gpu.graphs import DecodeGraphs, DecodeRows
+from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
 from engine.gpu.transfer import Arriving, to_device
 from engine.model.batch import ChunkRows, begun_blocks, build_batch
@@ -83,7 +84,7 @@ class Launcher:
     def chunks(self, chunks: list[Chunk]) -> Launched:
         """A pass over tokens that the host knows."""
         plan = StepPlan(tuple(chunks))
-        self._pool.clear(begun_blocks(plan, self._pool.block_size))
+        self._clear(begun_blocks(plan, self._pool.block_size))
         sampling = [chunk.sequence for chunk in chunks if chunk.sample]
         if len(sampling) == len(chunks) == plan.tokens and self._graphs.holds(len(chunks)):
             ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks])
@@ -113,7 +114,7 @@ class Launcher:
         begun = [
             s.blocks[p // size] for s, p in zip(sequences, positions, strict=True) if not p % size
         ]
-        self._pool.clear(begun)
+        self._clear(begun)
         ids = tokens[to_device(np.array(sources), self._device)]
         logits = self._graphs.run(self._rows(sequences, positions), ids)
         chunks = [Chunk(s, p, 1, sample=True) for s, p in zip(sequences, positions, strict=True)]
@@ -138,6 +139,11 @@ class Launcher:
             (next(tokens) if chunk.sample else None, prompt_logprobs_of(chunk, place, logits))
             for chunk, place in zip(chunks, places, strict=True)
         ]
+
+    def _clear(self, blocks: list[int]) -> None:
+        """Zero these blocks, before a sequence begins to fill them."""
+        if blocks:
+            clear(self._pool.storage, to_device(np.array(blocks), self._device))
 
     def _rows(self, sequences: list[Sequence], positions: list[int]) -> DecodeRows:
         """Where these tokens stand and what they see."""

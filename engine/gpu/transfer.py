@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -37,14 +36,8 @@ class Arriving:
         self._there: torch.cuda.Event | None = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._there.record()
 
-    def wait(self) -> list[int]:
-        """The numbers, when they are there. Other threads run meanwhile."""
+    def wait(self) -> Tensor:
+        """The numbers in host memory, when they are there. Other threads run meanwhile."""
         if self._there is not None:
             self._there.synchronize()
-        numbers: list[int] = self._host.tolist()
-        return numbers
-
-
-def host_array(rows: int, *, fill: int = 0, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-    """[rows] of `fill`, to be written and sent."""
-    return np.full(rows, fill, dtype=dtype)
+        return self._host
