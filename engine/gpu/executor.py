@@ -132,10 +132,10 @@ class GpuExecutor(TorchExecutor):
             hits = len(rows) - len(missing)
             self.taken, self.wasted = self.taken + hits, self.wasted + len(guess.rows) - hits
         if following is not None:
-            tokens = {c.sequence: s for c, s in zip(plan.chunks, sampled, strict=True)}
-            following.expected += [
-                found.token_id if (found := tokens[sequence]) else -1 for sequence in following.rows
-            ]
+            chunks = zip(plan.chunks, sampled, strict=True)
+            tokens = {chunk.sequence: token for chunk, token in chunks}
+            found = (tokens[sequence] for sequence in following.rows)
+            following.expected.extend(token.token_id if token else -1 for token in found)
             self._guess = following
         return tuple(sampled), tuple(prompt), not missing
 
@@ -168,7 +168,8 @@ class GpuExecutor(TorchExecutor):
             if len(sequence.tokens) < len(sequence.blocks) * size:
                 sequences.append(sequence)
                 sources.append(source)
-        if not sequences or len(sequences) < _WORTH * wanted:
+        few = len(sequences) < _WORTH * wanted
+        if not sequences or few or not self._launcher.goes_on(len(sequences)):
             return None
         passes = [each.tokens for each in (guess and guess.launched, launched) if each]
         tokens = torch.cat([each for each in passes if each is not None])

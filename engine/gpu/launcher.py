@@ -105,6 +105,10 @@ class Launcher:
             logits = logits[to_device(np.array(order), self._device)]
         return self._choose(chunks, sampling, logits)
 
+    def goes_on(self, count: int) -> bool:
+        """Whether `go_on` takes so many sequences."""
+        return self._graphs.holds(count)
+
     def go_on(
         self, sequences: list[Sequence], positions: list[int], tokens: Tensor, sources: list[int]
     ) -> Launched:
