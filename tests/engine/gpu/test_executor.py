@@ -74,14 +74,14 @@ def test_a_sequence_without_the_block_for_its_next_token_is_not_foreseen(
     assert driver.executor.taken == 3  # the simple scheduler allocates no block ahead: not for 8
 
 
-def test_what_nobody_foresaw_is_computed_beside_what_somebody_did(tiny: Make, on_gpu: Make) -> None:
-    model, driver = tiny("llama"), on_gpu(tiny("llama").path)
+def test_what_nobody_foresaw_is_computed_beside_what_somebody_did(small: Any, on_gpu: Make) -> None:
+    driver = on_gpu(small.path)
     texts = [prompt(6), prompt(13, 2)]
-    sequences = [driver.add(texts[0], 9)]
-    for _ in range(3):
+    sequences = [driver.add(texts[0], 5)]
+    for _ in range(2):
         driver.step()
     taken = driver.executor.taken
-    sequences.append(driver.add(texts[1], 5))
+    sequences.append(driver.add(texts[1], 3))
     driver.step()
     plan, result = driver.results[-1]
     assert [chunk.length for chunk in plan.chunks] == [1, 13]
