@@ -177,15 +177,16 @@ class WorkerConfig(SchedulingConfig):
         description="int8 and int4 pack weights at load, int4 in groups of 32 with scales of their "
         "own; on a CPU, by the compiled backend",
     )
-    kv_dtype: Literal["auto", "int8"] = Field(
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
         "auto",
-        description="number format of KV: that of dtype, or int8 with a scale per token and head; "
-        "the same for all workers, or there are no hand-offs",
+        description="number format of KV: that of dtype, or int8 or fp8 (e4m3; not in the compiled "
+        "CPU backend) with a scale per token and head; the same for all workers, or there are no "
+        "hand-offs",
     )
     attention_backend: str = Field(
         "auto",
-        description="what runs a pass: native (the compiled CPU backend), torch, or auto for the "
-        "fastest that can",
+        description="what runs a pass: native (the compiled CPU backend), torch, triton (on GPUs), "
+        "or auto for the fastest that can",
     )
     instruction_set: Literal["auto", "portable", "avx2", "avx512", "avx512_bf16", "amx"] = Field(
         "auto", description="instructions of the compiled backend; auto is the machine's best"
@@ -285,8 +286,8 @@ class ServeConfig(ProcessConfig):
     quantization: Literal["none", "int8", "int4"] = Field(
         "none", description="int8 and int4 pack weights so at load"
     )
-    kv_dtype: Literal["auto", "int8"] = Field(
-        "auto", description="number format of KV: that of dtype, or int8"
+    kv_dtype: Literal["auto", "int8", "fp8"] = Field(
+        "auto", description="number format of KV: that of dtype, or int8 or fp8"
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="threads per worker; the cores shared out if 0"

@@ -14,6 +14,7 @@ from scheduling.plan import StepPlan, Swap
 from scheduling.simulator.profiles import Profile
 
 _SWAPPED_BLOCKS = 64
+_KV_DTYPES = {"int8": "int8", "float8_e4m3fn": "fp8"}  # as in WorkerConfig, by a pool's format
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def fit_to(passes: list[TimedPass], executor: TorchExecutor, name: str, *, repea
         block_bytes=pool.block_bytes,
         blocks=capacity.blocks,
         max_context=capacity.max_context,
-        kv_dtype="int8" if pool.geometry.scale_size else "auto",
+        kv_dtype=_KV_DTYPES.get(pool.geometry.dtype, "auto"),
         source=f"measured on {pool.storage.device}, {torch.get_num_threads()} threads, "
         f"weights in {executor.weight_dtype}, KV in {pool.geometry.dtype}; "
         "KV transfer not measured",

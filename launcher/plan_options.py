@@ -25,10 +25,10 @@ _OPTIONS = [
     click.option("--gpu", default="h200", show_default=True, help="a100-40, a100-80, h100 or h200"),
     click.option(
         "--kv-dtype",
-        type=click.Choice(["auto", "int8"]),
+        type=click.Choice(["auto", "int8", "fp8"]),
         default="auto",
         show_default=True,
-        help="number format of KV: that of the weights, or int8",
+        help="number format of KV: that of the weights, or int8 or fp8",
     ),
     click.option("--profile", default="", help="instead of these three: a profile's name or file"),
     click.option(

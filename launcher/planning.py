@@ -45,7 +45,7 @@ class Options:
 
     model: str
     gpu: str
-    kv_dtype: Literal["auto", "int8"]
+    kv_dtype: Literal["auto", "int8", "fp8"]
     profile: str
     trace: Path | None
     rate: float

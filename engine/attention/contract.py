@@ -30,8 +30,8 @@ class Batch:
 
 class KvCache(Protocol):
     """The paged pool as attention sees it. NHD blocks, block-major: [blocks, layers, 2] planes of
-    [block_size, kv_heads, head_dim], which in int8 are followed by [block_size, kv_heads] float32
-    scales, symmetric: a number is its int8 times the scale of its token and head."""
+    [block_size, kv_heads, head_dim], which in int8 and float8 are followed by float32 scales
+    [block_size, kv_heads], symmetric: a number is what is stored times its token and head's."""
 
     block_size: int
 
@@ -45,7 +45,7 @@ class KvCache(Protocol):
 
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """[blocks, block_size, kv_heads] views of the scales of one layer's keys and values; None
-        if they are not int8."""
+        if they are not scaled."""
         ...
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.attention.contract import KvCache
 
-_LARGEST = 127
+_LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 _ZERO = 1e-30  # what is no larger counts as zero, as in the compiled backend
 
 
@@ -18,7 +18,7 @@ class Plane:
     """Reads and writes numbers; knows whether they are scaled."""
 
     numbers: Tensor  # [blocks, block_size, kv_heads, head_dim]
-    scales: Tensor | None  # [blocks, block_size, kv_heads] float32, beside int8
+    scales: Tensor | None  # [blocks, block_size, kv_heads] float32, beside int8, float8
 
     @classmethod
     def pair(cls, cache: KvCache, layer: int) -> tuple[Plane, Plane]:
@@ -36,24 +36,31 @@ class Plane:
         if self.scales is None:
             self.numbers[slots] = new
         else:
-            self.numbers[slots], self.scales[slots] = quantize(new)
+            self.numbers[slots], self.scales[slots] = quantize(new, self.numbers.dtype)
 
     def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of the blocks [B] as [B, block_size, kv_heads, head_dim]; int8 becomes `dtype`."""
+        """A copy of the blocks [B] as [B, block_size, kv_heads, head_dim]; scaled numbers become
+        `dtype`."""
         found = self.numbers.index_select(0, blocks)
         if self.scales is None:
             return found
+        if found.dtype is not torch.int8:  # torch does not multiply float8
+            found = found.float()
         return (found * self.scales.index_select(0, blocks)[..., None]).to(dtype)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x` [..., n] as int8 of the same shape and scales [...] float32, that make the largest 127.
+def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """`x` [..., n] as int8 or float8_e4m3fn of the same shape and scales [...] float32, that make
+    the largest 127 or 448.
 
     Rounds as the compiled backend does, ties to even. Not a number, or infinite, becomes zero.
     """
+    most = _LARGEST[dtype]
     x = x.float()
     largest = x.abs().amax(-1)
-    inverse = torch.where(largest > _ZERO, _LARGEST / largest, 0.0)
-    scales = torch.where(inverse > 0, largest / _LARGEST, 0.0)
-    numbers = (x * inverse[..., None]).round_().nan_to_num_(0.0)
-    return numbers.to(torch.int8), scales
+    inverse = torch.where(largest > _ZERO, most / largest, 0.0)
+    scales = torch.where(inverse > 0, largest / most, 0.0)
+    numbers = (x * inverse[..., None]).nan_to_num_(0.0)
+    if dtype is torch.int8:
+        numbers.round_()
+    return numbers.to(dtype), scales

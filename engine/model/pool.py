@@ -1,7 +1,7 @@
 """The KV cache of one worker: numbered blocks of keys and values, all layers of a block together.
 
-In int8 a pool is planes of bytes, in which numbers and their scales are views; whoever moves whole
-blocks (swapping, the hand-off) sees bytes in every format.
+In int8 and float8 a pool is planes of bytes, in which numbers and their scales are views; whoever
+moves whole blocks (swapping, the hand-off) sees bytes in every format.
 
 Knows nothing about who owns which block (scheduling does) or how blocks travel between workers
 (kv_transfer does, through `blocks`, `block_bytes` and `block`).
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from baton.errors import ConfigError
 
-_SCALE = torch.float32  # the scales of an int8 pool
+_SCALE = torch.float32
+_SCALED = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}  # as --kv-dtype names them
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class KvGeometry:
     """What the bytes of a block mean; the fields are those of kv_transfer's KvLayout.
 
     A block is [layers, 2 (keys, values)] planes, contiguous. A plane is
-    [block_size, kv_heads, head_dim] of `dtype`, and in int8 [block_size, kv_heads] scales after it.
+    [block_size, kv_heads, head_dim] of `dtype`; in int8 and float8_e4m3fn, [block_size, kv_heads]
+    scales after it.
     """
 
     model_fingerprint: str
@@ -50,10 +52,10 @@ class KvGeometry:
         dtype: torch.dtype,
         block_size: int,
     ) -> KvGeometry:
-        """That of KV in `dtype`. Raises ConfigError where int8 cannot hold such heads."""
-        scaled = dtype is torch.int8
+        """That of KV in `dtype`. Raises ConfigError where a scaled one cannot hold such heads."""
+        scaled = _SCALED.get(dtype)
         if scaled and head_dim % _SCALE.itemsize:
-            raise ConfigError(f"--kv-dtype int8: head_dim {head_dim} is no multiple of 4")
+            raise ConfigError(f"--kv-dtype {scaled}: head_dim {head_dim} is no multiple of 4")
         return cls(
             model_fingerprint,
             layers,

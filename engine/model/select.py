@@ -29,6 +29,7 @@ _NATIVE = {
     "Qwen3ForCausalLM": "engine.model.llama:Llama",
     "OPTForCausalLM": "engine.model.opt:Opt",
 }
+_SCALED_KV = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _kv_dtype(options: ModelOptions, dtype: torch.dtype) -> torch.dtype:
     """The format of KV beside a model that computes in `dtype`."""
-    return torch.int8 if options.kv_dtype == "int8" else dtype
+    return _SCALED_KV.get(options.kv_dtype, dtype)
 
 
 def _slow_as_stored(stored: torch.dtype | None, device: str) -> torch.dtype | None:

@@ -35,7 +35,7 @@ class ModelShape:
     gated: bool = True  # three matrices in the feed-forward part, not two
     tied: bool = False  # input and output embeddings are one matrix
     bytes_per_value: int = 2
-    kv_dtype: Literal["auto", "int8"] = "auto"  # as in WorkerConfig
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"  # as in WorkerConfig
 
     @property
     def multiplied(self) -> int:
@@ -53,7 +53,7 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        scaled = self.kv_dtype == "int8"  # with a float32 scale per head
+        scaled = self.kv_dtype != "auto"  # with a float32 scale per head
         head = self.head_dim + 4 if scaled else self.head_dim * self.bytes_per_value
         return 2 * self.layers * self.kv_heads * head
 

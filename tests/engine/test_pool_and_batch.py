@@ -26,6 +26,7 @@ GEOMETRY = KvGeometry(
     "f", layers=3, kv_heads=2, head_dim=8, dtype="bfloat16", block_size=4, item_size=2
 )
 INT8 = KvGeometry.of("f", 3, 2, 8, torch.int8, 4)
+FP8 = KvGeometry.of("f", 3, 2, 8, torch.float8_e4m3fn, 4)
 
 
 def a_sequence(tokens: int, blocks: list[int], **request: Any) -> Sequence:
@@ -94,9 +95,10 @@ def test_an_int8_block_takes_its_scales_along_and_is_cleared_with_them() -> None
     assert not target.storage.any()
 
 
-def test_heads_whose_int8_scales_would_lie_askew_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--kv-dtype int8: head_dim 6"):
-        KvGeometry.of("f", 1, 1, 6, torch.int8, 1)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "int8"), (torch.float8_e4m3fn, "fp8")])
+def test_heads_whose_scales_would_lie_askew_are_refused(dtype: torch.dtype, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--kv-dtype {name}: head_dim 6"):
+        KvGeometry.of("f", 1, 1, 6, dtype, 1)
 
 
 @pytest.mark.parametrize("index", [-1, 5])
@@ -105,7 +107,7 @@ def test_a_block_outside_the_pool_is_an_error(index: int) -> None:
         KvPool(GEOMETRY, 5).block(index)
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRY, INT8], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("geometry", [GEOMETRY, INT8, FP8], ids=["bfloat16", "int8", "fp8"])
 def test_the_pool_is_what_the_hand_off_expects(geometry: KvGeometry) -> None:
     pool = KvPool(geometry, 5)
     store: BlockStore = pool

@@ -27,6 +27,12 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def architecture() -> int:
+    """Ten times the compute capability that kernels are compiled for, such as 90; 0 in the
+    interpreter."""
+    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+
+
 def require(device: torch.device) -> None:
     """Raise ConfigError unless kernels can run on tensors of `device`."""
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):

@@ -41,6 +41,7 @@ def rounding() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", _convert)
+        _compute_bfloat16(interpreter, patch)
         yield
 
 
@@ -49,6 +50,28 @@ def quiet_floats() -> Iterator[None]:
     """Numbers may overflow without a warning, as on a GPU."""
     with np.errstate(all="ignore"):
         yield
+
+
+def _compute_bfloat16(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """Have products of bfloat16, and integers that become it, computed in float32: the
+    interpreter would take its bits for numbers."""
+    builder, float32 = interpreter.InterpreterBuilder, interpreter.tl.float32
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.name != "bf16":
+            return operand
+        wide = np.left_shift(operand.data.astype(np.uint32), 16).view(np.float32)
+        return interpreter.TensorHandle(wide, float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, widened(a), widened(b), *others)
+
+    def create_si_to_fp(self: Any, source: Any, target: Any) -> Any:
+        return cast(self, cast(self, source, float32), target)
+
+    patch.setattr(builder, "create_dot", create_dot)
+    patch.setattr(builder, "create_si_to_fp", create_si_to_fp)
 
 
 def _convert(numbers: NDArray[Any], source: Any, target: Any, _: object) -> NDArray[Any]:

@@ -100,6 +100,7 @@ def test_the_llama_family_is_taken_by_itself(
         ("llama-narrow-heads", {}, "head_dim 8 is no multiple of 16"),
         ("llama", {"dtype": "float16"}, "--dtype float16"),
         ("llama", {"attention_backend": "torch"}, "--attention-backend torch"),
+        ("llama", {"kv_dtype": "fp8"}, "--kv-dtype fp8"),
     ],
 )
 def test_torch_runs_the_others_and_one_line_says_why(
