@@ -216,34 +216,51 @@ void few_rows(const Packed& w, const Rows& x, int first_panel, int end_panel, co
     }
 }
 
+// Where in x and in the panels a piece of a product lies.
+struct Block {
+  int first_row, end_row;    // of x, which all meet the panels one after another
+  int first_panel, panels;   // at most kGroupPanels
+  int64_t first_step, steps;
+};
+
 // A group of panels stays in the second-level cache while tile after tile of rows passes it, and asks for
 // the next group. Part by part of its depth, a tile of rows stays in the first-level cache, with its
 // sums, while the panels of the group pass it. So its outputs are neighbours in time as they are in
 // memory: whole lines, written once. Of 1 to 28 panels and parts of 6 to 18 steps these were fastest, as
-// were tiles of 32 rows among ones of 32 to 64.
+// were tiles of 32 rows among ones of 32 to 64. `sums`: of a panel's tiles of rows one after another if
+// they wait there for more steps, `panel_sums` bytes from panel to panel; else of one tile.
+template <bool kInt8>
+void group(const Packed& w, const Rows& x, const Block& block, char* sums, int64_t panel_sums, bool waits,
+           const Sink& sink) {
+  int64_t all_steps = w.panel_bytes / kStepBytes, end = block.first_step + block.steps;
+  int64_t parts = (block.steps + kPartSteps - 1) / kPartSteps, part = (block.steps + parts - 1) / parts;
+  for (int first = block.first_row; first < block.end_row; first += kTileRows) {
+    int rows = rows_from(first, block.end_row);
+    for (int64_t step = block.first_step; step < end; step += part) {
+      int64_t count = end - step < part ? end - step : part;
+      for (int i = 0; i < block.panels; i++) {
+        int panel = block.first_panel + i;
+        Piece piece = piece_of(w, x, panel, step, count, first, rows, block.first_row, block.end_row,
+                               kGroupPanels);
+        add<kInt8>(piece, step == 0, sums + i * panel_sums);
+        if (step + count == all_steps) finish(w, x, sums + i * panel_sums, first, rows, panel, sink);
+      }
+    }
+    if (waits) sums += kTileRows * kRowBytes;
+  }
+}
+
 template <bool kInt8>
 void groups(const Packed& w, const Rows& x, int first_panel, int end_panel, const Sink& sink) {
   alignas(64) char sums[kGroupPanels * kTileRows * kRowBytes];
   int64_t steps = w.panel_bytes / kStepBytes;
-  int64_t parts = (steps + kPartSteps - 1) / kPartSteps, part = (steps + parts - 1) / parts;
-  for (int group = first_panel; group < end_panel; group += kGroupPanels) {
-    int group_end = end_panel - group < kGroupPanels ? end_panel : group + kGroupPanels;
-    for (int first = 0; first < x.count; first += kTileRows) {
-      int rows = rows_from(first, x.count);
-      for (int64_t step = 0; step < steps; step += part) {
-        int64_t count = steps - step < part ? steps - step : part;
-        char* tile = sums;
-        for (int panel = group; panel < group_end; panel++, tile += kTileRows * kRowBytes) {
-          Piece piece = piece_of(w, x, panel, step, count, first, rows, 0, x.count, kGroupPanels);
-          add<kInt8>(piece, step == 0, tile);
-          if (step + count == steps) finish(w, x, tile, first, rows, panel, sink);
-        }
-      }
-    }
+  for (int panel = first_panel; panel < end_panel; panel += kGroupPanels) {
+    int panels = end_panel - panel < kGroupPanels ? end_panel - panel : kGroupPanels;
+    group<kInt8>(w, x, {0, x.count, panel, panels, 0, steps}, sums, kTileRows * kRowBytes, false, sink);
   }
 }
 
-// x is larger than the cache: a block of it, some rows and some of their depth, meets a group of
+// x is larger than the cache: a block of it, some rows and some of their depth, meets several groups of
 // panels before the next one. Sums wait in memory meanwhile.
 template <bool kInt8>
 void blocks(const Packed& w, const Rows& x, int first_row, int end_row, int first_panel, int end_panel,
@@ -255,13 +272,10 @@ void blocks(const Packed& w, const Rows& x, int first_row, int end_row, int firs
   char* sums = static_cast<char*>(scratch(static_cast<size_t>((end_panel - first_panel) * sums_bytes)));
   for (int64_t step = 0; step < steps; step += steps_at_once) {
     int64_t count = steps - step < steps_at_once ? steps - step : steps_at_once;
-    for (int panel = first_panel; panel < end_panel; panel++) {
-      char* tile = sums + (panel - first_panel) * sums_bytes;
-      for (int first = first_row; first < end_row; first += kTileRows, tile += kTileRows * kRowBytes) {
-        int rows = rows_from(first, end_row);
-        add<kInt8>(piece_of(w, x, panel, step, count, first, rows, first_row, end_row, 1), step == 0, tile);
-        if (step + count == steps) finish(w, x, tile, first, rows, panel, sink);
-      }
+    for (int panel = first_panel; panel < end_panel; panel += kGroupPanels) {
+      int panels = end_panel - panel < kGroupPanels ? end_panel - panel : kGroupPanels;
+      group<kInt8>(w, x, {first_row, end_row, panel, panels, step, count},
+                   sums + (panel - first_panel) * sums_bytes, sums_bytes, true, sink);
     }
   }
 }
