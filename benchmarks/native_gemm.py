@@ -4,9 +4,10 @@
 
 Every system multiplies by a sequence of weight matrices that together exceed the processor's
 second-level cache many times over, as a step does; systems take turns within a round. Printed are
-median microseconds, and how many times faster the compiled backend is. It writes float32 and
-_int_mm int32, the other two bfloat16, half the bytes, which many rows show; in a step the sinks of
-the products write what the next part reads.
+median microseconds, how many times faster the compiled backend is, and what its bfloat16 products
+read of the weights per second as a share of the memory's bandwidth (engine/ceilings.py): with few
+rows nothing else counts. It writes float32 and _int_mm int32, the other two bfloat16, half the
+bytes, which many rows show; in a step the sinks of the products write what the next part reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from engine.ceilings import measure
 from engine.native.library import Format, Library, load
 
 SHAPES = {
@@ -75,7 +77,9 @@ def torch_products(m: int, k: int, n: int, repeats: int) -> dict[str, Product]:
     }
 
 
-def compare(library: Library, team: int, m: int, k: int, n: int, rounds: int, repeats: int) -> str:
+def compare(
+    library: Library, team: int, m: int, k: int, n: int, rounds: int, repeats: int, bandwidth: float
+) -> str:
     products = {
         "bf16": compiled(library, team, Format.BF16, m, k, n),
         "int8": compiled(library, team, Format.INT8, m, k, n),
@@ -95,6 +99,7 @@ def compare(library: Library, team: int, m: int, k: int, n: int, rounds: int, re
         median["int8 _int_mm"] / median["int8"],
         median["bf16"] / median["int8"],
         median["int8"] / median["int4"],
+        2 * n * k / median["bf16"] / bandwidth,
     ]
     times = "".join(f"{1e6 * value:12.1f}" for value in median.values())
     return times + " |" + "".join(f"{ratio:8.2f}" for ratio in ratios)
@@ -116,7 +121,8 @@ def main() -> None:
     team = library.functions.baton_team_new(options.threads, None)
     print(f"{library.isa_name(library.isa)}, {options.threads} threads; microseconds | ratios")
     names = ("bf16", "int8", "int4", "F.linear", "oneDNN", "_int_mm")
-    ratios = ("/linear", "/oneDNN", "/int_mm", "8 / 16", "4 / 8")
+    ratios = ("/linear", "/oneDNN", "/int_mm", "8 / 16", "4 / 8", "memory")
+    bandwidth = measure(options.threads, working_set=ROTATION).read_bandwidth
     print(
         f"{'k x n':>14}{'m':>5}" + "".join(f"{name:>12}" for name in names) + " |"
         + "".join(f"{ratio:>8}" for ratio in ratios)
@@ -124,7 +130,8 @@ def main() -> None:
     for model, shapes in SHAPES.items():
         for k, n in shapes if options.model in (model, "all") else ():
             for m in options.rows if n * k <= options.largest else ():
-                line = compare(library, team, m, k, n, options.rounds, options.repeats)
+                rounds, repeats = options.rounds, options.repeats
+                line = compare(library, team, m, k, n, rounds, repeats, bandwidth)
                 print(f"{f'{k} x {n}':>14}{m:>5}{line}", flush=True)
     library.functions.baton_team_free(team)
 

@@ -45,22 +45,6 @@ constexpr GemmKernels kAmx =
     kernels_of<f32_avx512, bf16_amx, int8_amx, int4_amx>(as_weights, begin_amx, end_amx);
 #endif
 
-// Panels are handed out in pieces that shrink: long ones first, which memory streams best, single
-// ones at the end, so that nobody waits for long.
-struct Piece {
-  int first, count;
-};
-
-Piece piece(int index, int panels, int threads) {
-  Piece piece{0, 0};
-  for (int i = 0; i <= index; i++) {
-    piece.first += piece.count;
-    int share = (panels - piece.first) / (2 * threads);
-    piece.count = share > 1 ? share : 1;
-  }
-  return piece;
-}
-
 }  // namespace
 
 BatonIsa compiled_isa() {
@@ -87,14 +71,29 @@ const GemmKernels& gemm_kernels(BatonIsa isa) {
   }
 }
 
-void multiply(const GemmKernels& kernels, const Packed& w, const Rows& x, Team& team, const Sink& sink) {
-  int panels = w.panels_count();
-  if (team.threads() == 1) return kernels.panels(w, x, 0, panels, sink);
-  for (int index; (index = team.next(panels)) >= 0;) {
-    Piece mine = piece(index, panels, team.threads());
-    if (mine.first >= panels) return;  // there are fewer pieces than panels
-    kernels.panels(w, x, mine.first, mine.count, sink);
+// Panels are handed out in pieces that shrink: long ones first, which memory streams best, single
+// ones at the end, so that nobody waits for long. Between them pairs, which kernels like to take.
+Panels next_panels(Team& team, int panels, int unit) {
+  int units = (panels + unit - 1) / unit, threads = team.threads();
+  int index = team.next(units);
+  if (index < 0) return {panels, 0};
+  if (threads == 1) return index == 0 ? Panels{0, panels} : Panels{panels, 0};
+  int first = 0, count = 0;
+  for (int i = 0; i <= index; i++) {
+    first += count;
+    int left = units - first;
+    count = left / (2 * threads);
+    if (unit == 1) count = left > 2 * threads && count < 2 ? 2 : count / 2 * 2;
+    if (count < 1) count = 1;
   }
+  if (first >= units) return {panels, 0};  // there are fewer pieces than units
+  int end = (first + count) * unit;
+  return {first * unit, (end < panels ? end : panels) - first * unit};
+}
+
+void multiply(const GemmKernels& kernels, const Packed& w, const Rows& x, Team& team, const Sink& sink) {
+  for (Panels mine; (mine = next_panels(team, w.panels_count())).count > 0;)
+    kernels.panels(w, x, mine.first, mine.count, sink);
 }
 
 int64_t row_stride(int64_t depth, BatonFormat rows) {

@@ -60,8 +60,17 @@ struct GemmKernels {
 
 const GemmKernels& gemm_kernels(BatonIsa isa);
 
-// Inside `team.run`, called by all threads between `begin` and `end`: the whole product. Draws
-// from `team.next`, so there must have been a meeting since others drew; ends without one.
+// A share of a product's panels; no more are left where count is 0.
+struct Panels {
+  int first, count;
+};
+
+// Inside `team.run`: the panels of `panels` that this thread takes next, multiples of `unit` but for the
+// last ones. Draws from `team.next`, so there must have been a meeting since others drew.
+Panels next_panels(Team& team, int panels, int unit = 1);
+
+// Inside `team.run`, called by all threads between `begin` and `end`: the whole product, by
+// `next_panels`; ends without a meeting.
 void multiply(const GemmKernels& kernels, const Packed& w, const Rows& x, Team& team, const Sink& sink);
 
 // A stride for rows of `depth` numbers that does not put all rows into the same few lines of a cache,

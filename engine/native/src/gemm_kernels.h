@@ -21,6 +21,8 @@ namespace baton {
 // All rows of `count` panels, from panel `first` on.
 using PanelsKernel = void (*)(const Packed& w, const Rows& x, int first, int count, const Sink& sink);
 
+constexpr int kMostFewRows = 4;
+
 #define BATON_KERNEL(name) \
   void name(const Packed& w, const Rows& x, int first, int count, const Sink& sink)
 
@@ -42,6 +44,8 @@ BATON_KERNEL(int4_avx2);
 BATON_KERNEL(int4_avx512);
 BATON_KERNEL(int4_avx512_vnni);
 BATON_KERNEL(int4_amx);
+BATON_KERNEL(bf16_amx_few);  // of up to kMostFewRows
+BATON_KERNEL(int8_amx_few);
 void begin_amx();
 void end_amx();
 

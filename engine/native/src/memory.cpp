@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <utility>
@@ -11,6 +12,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = size_t{4} << 10;
+constexpr size_t kChunk = size_t{64} << 20;  // of an arena; what nobody takes is never touched
 
 size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -42,16 +44,32 @@ Memory::Memory(size_t bytes) {
 }
 
 Memory::Memory(Memory&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      owned_(std::exchange(other.owned_, true)) {}
 
 Memory& Memory::operator=(Memory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
+  std::swap(owned_, other.owned_);
   return *this;
 }
 
 Memory::~Memory() {
-  if (data_ != nullptr) munmap(data_, bytes_);
+  if (data_ != nullptr && owned_) munmap(data_, bytes_);
+}
+
+Memory Arena::take(size_t bytes) {
+  Memory piece;
+  piece.bytes_ = rounded(bytes, kPage);
+  piece.owned_ = false;
+  if (chunks_.empty() || chunks_.back().bytes() - taken_ < piece.bytes_) {
+    chunks_.emplace_back(std::max(piece.bytes_, kChunk));
+    taken_ = 0;
+  }
+  piece.data_ = chunks_.back().as<char>() + taken_;
+  taken_ += piece.bytes_;
+  return piece;
 }
 
 }  // namespace baton

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 namespace baton {
 
@@ -19,8 +20,22 @@ class Memory {
   size_t bytes() const { return bytes_; }
 
  private:
+  friend class Arena;
+
   void* data_ = nullptr;
   size_t bytes_ = 0;
+  bool owned_ = true;  // else it is an arena's
+};
+
+// Hands out pieces of memory, neighbours in the order in which they are asked for, which end with
+// it: pieces that are smaller than a huge page share some.
+class Arena {
+ public:
+  Memory take(size_t bytes);  // throws std::bad_alloc
+
+ private:
+  std::vector<Memory> chunks_;
+  size_t taken_ = 0;  // of the last one
 };
 
 }  // namespace baton

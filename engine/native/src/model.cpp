@@ -48,11 +48,12 @@ Model::Model(const BatonShape& given) : shape(checked(given)) {
   int64_t qkv = int64_t{shape.heads + 2 * shape.kv_heads} * shape.head_dim;
   layers.resize(static_cast<size_t>(shape.layers));
   for (LayerWeights& layer : layers) {
-    layer.matrices[BATON_QKV] = PackedMatrix(weights, qkv, shape.hidden);
-    layer.matrices[BATON_OUTPUT] = PackedMatrix(weights, shape.hidden, queries);
+    layer.matrices[BATON_QKV] = PackedMatrix(weights, qkv, shape.hidden, Columns::kInOrder, &memory_);
+    layer.matrices[BATON_OUTPUT] = PackedMatrix(weights, shape.hidden, queries, Columns::kInOrder, &memory_);
     layer.matrices[BATON_GATE_UP] =
-        PackedMatrix(weights, 2 * int64_t{shape.intermediate}, shape.hidden, Columns::kPaired);
-    layer.matrices[BATON_DOWN] = PackedMatrix(weights, shape.hidden, shape.intermediate);
+        PackedMatrix(weights, 2 * int64_t{shape.intermediate}, shape.hidden, Columns::kPaired, &memory_);
+    layer.matrices[BATON_DOWN] =
+        PackedMatrix(weights, shape.hidden, shape.intermediate, Columns::kInOrder, &memory_);
   }
   head = PackedMatrix(static_cast<BatonFormat>(shape.head), shape.vocabulary, shape.hidden);
 }

@@ -37,6 +37,11 @@ class Model {
   int64_t bytes() const;
 
   const BatonShape shape;
+
+ private:
+  Arena memory_;  // of the layers' matrices, in the order in which a pass reads them
+
+ public:
   std::vector<LayerWeights> layers;
   PackedMatrix head;
   std::vector<float> final_norm;

@@ -74,7 +74,7 @@ void put_int8(const float* row, int64_t k, int8_t* panel, int column, float* sca
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns columns)
+PackedMatrix::PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns columns, Arena* arena)
     : format_(format), n_(n), k_(k), columns_(columns) {
   if (n <= 0 || k <= 0) throw std::invalid_argument("a matrix without rows or columns");
   if (columns == Columns::kPaired && n % kPanel != 0)
@@ -84,7 +84,8 @@ PackedMatrix::PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns col
   depth_ = (k + kDepth - 1) / kDepth * kDepth;
   panel_bytes_ = panel_bytes(format, depth_);
   int64_t panels = (n + kPanel - 1) / kPanel;
-  panels_ = Memory(static_cast<size_t>(panels * panel_bytes_));
+  auto bytes = static_cast<size_t>(panels * panel_bytes_);
+  panels_ = arena != nullptr ? arena->take(bytes) : Memory(bytes);
   if (is_integer(format))
     columns_data_ = Memory(static_cast<size_t>(panels * kPanel) * (sizeof(float) + sizeof(int32_t)));
 }

@@ -23,8 +23,9 @@ class PackedMatrix {
  public:
   PackedMatrix() = default;
   // Zeros, until packed. Throws std::bad_alloc, and std::invalid_argument where `format` has no
-  // kernels, or where n is not a multiple of 32 and columns are paired.
-  PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns columns = Columns::kInOrder);
+  // kernels, or where n is not a multiple of 32 and columns are paired. The arena must outlive it.
+  PackedMatrix(BatonFormat format, int64_t n, int64_t k, Columns columns = Columns::kInOrder,
+               Arena* arena = nullptr);
 
   // Pack `rows` rows from row `first` on. source: [rows, k] of F32, BF16 or F16. Outside of
   // `team.run`. 0, or what `fail` returns: rows out of range, or weights for INT8 or INT4 that are not finite.

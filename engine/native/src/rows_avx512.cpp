@@ -4,6 +4,8 @@
 
 #if BATON_X86
 
+#include <immintrin.h>
+
 #define BATON_TARGET "avx512f,avx512bw,avx512dq,avx512vl"
 #include "target_begin.inc"
 

@@ -11,5 +11,8 @@ extern const RowKernels rows_portable;
 extern const RowKernels rows_avx2;
 extern const RowKernels rows_avx512;
 #endif
+#if BATON_X86_NEW
+extern const RowKernels rows_avx512_bf16;
+#endif
 
 }  // namespace baton

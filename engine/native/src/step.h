@@ -29,13 +29,17 @@ class Step {
   // Rows as the input of a product.
   struct RowBuffer {
     RowBuffer() = default;
-    RowBuffer(int64_t count, int64_t depth, BatonFormat format);
+    RowBuffer(Arena& arena, int64_t count, int64_t depth, BatonFormat format);
     char* row(int64_t index) const { return data.as<char>() + index * stride; }
     Rows rows(int count) const;
 
     Memory data, scales;
     int64_t stride = 0;
     BatonFormat format = BATON_F32;
+  };
+  // Rows of few tokens, one of each kind for every thread.
+  struct Few {
+    RowBuffer normed, attended, gated;
   };
   struct Worker;  // one thread in one pass
 
@@ -50,6 +54,7 @@ class Step {
   const GemmKernels& gemm_;
   Attention attention_;
   int64_t qkv_stride_, queries_;
+  Arena memory_;
   Memory residual_;     // [tokens, hidden]
   Memory qkv_;          // [tokens, qkv_stride_]
   RowBuffer normed_;    // [tokens, hidden]
@@ -58,6 +63,7 @@ class Step {
   RowBuffer wanted_;    // [rows, hidden], for the head
   // INT8: rows that are quantized when they are whole.
   Memory attended_floats_, gated_floats_;
+  std::vector<Few> few_;
   Memory row_;  // [threads, hidden]
   // The best token of each row among those whose panels a thread has had.
   Memory best_logits_, best_;  // [threads, rows]
