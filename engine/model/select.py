@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from baton import cores
+from baton.errors import ModelError
 from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.model import PagedModel
@@ -84,7 +85,8 @@ def _build_fused(config: ModelConfig, options: ModelOptions) -> Built:
     checkpoint = Checkpoint(config.path, dtype or config.dtype, options.device)
     model = GpuLlama(config, checkpoint, options.quantization)
     weights = _name(checkpoint.dtype) if options.quantization == "none" else options.quantization
-    return Built(model, weights, _kv_dtype(options, checkpoint.dtype), options.threads, fused=True)
+    weights, kv_dtype = _shown(weights, config), _kv_dtype(options, checkpoint.dtype)
+    return Built(model, weights, kv_dtype, options.threads, fused=True)
 
 
 def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library) -> Built:
@@ -107,7 +109,9 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
             isa=isa,
         ),
     )
-    weights = _name(dtype) if options.quantization == "none" else options.quantization
+    weights = _shown(
+        _name(dtype) if options.quantization == "none" else options.quantization, config
+    )
     _logger.info(
         "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
     )
@@ -121,7 +125,8 @@ def _build_parallel(config: ModelConfig, options: ModelOptions) -> Built:
 
     dtype = Checkpoint(config.path, _torch_dtype(config, options)).dtype
     model = parallel_model(config, options, dtype)
-    return Built(model, _name(dtype), _kv_dtype(options, dtype), model.threads, ranks=options.ranks)
+    weights, kv_dtype = _shown(_name(dtype), config), _kv_dtype(options, dtype)
+    return Built(model, weights, kv_dtype, model.threads, ranks=options.ranks)
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
@@ -129,6 +134,11 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
     checkpoint = Checkpoint(config.path, _torch_dtype(config, options), options.device)
     found = _NATIVE.get(config.architecture)
     if found is None:
+        if config.scheme is not None:
+            raise ModelError(
+                f"{config.path}: {config.architecture} has no implementation here that reads "
+                f"quantized checkpoints ({config.scheme.method})"
+            )
         from engine.model.hf import load_fallback
 
         model: PagedModel = load_fallback(
@@ -139,7 +149,14 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
         build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
         model = build(config, checkpoint, attention)
     kv_dtype = _kv_dtype(options, checkpoint.dtype)
-    return Built(model, _name(checkpoint.dtype), kv_dtype, options.threads)
+    return Built(model, _shown(_name(checkpoint.dtype), config), kv_dtype, options.threads)
+
+
+def _shown(weights: str, config: ModelConfig) -> str:
+    """The format of weights as people read it: also that of the checkpoint, if it is quantized."""
+    if config.scheme is None or config.scheme.name == weights:
+        return weights
+    return f"{weights} from {config.scheme.name}"
 
 
 def _torch_dtype(config: ModelConfig, options: ModelOptions) -> torch.dtype | None:
