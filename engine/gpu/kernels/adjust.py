@@ -150,6 +150,7 @@ def _note(tokens, seen, counts, lengths, width, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens + row).to(tl.int32)
     length = tl.load(lengths + row)
+    tl.debug_barrier()  # all warps know the length before one changes it
     mine = seen + row * width
     place = length
     for start in range(0, length, TILE):

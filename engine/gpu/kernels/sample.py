@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.gpu.kernels.launch import tuned
 from engine.gpu.kernels.uniforms import gumbel
 
 _BLOCK = 256  # as in engine/model/sampler.py: part of what a seed means
-_BLOCKS = 8  # of a program that reads logits: 16 bytes or more a thread
-_TILE = 4096  # numbers that one row's program looks at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,10 +327,12 @@ def _launch(logits: Tensor, draws: Draws | None, space: Space, out: Tensor | Non
     blocks = space.maxima.shape[1]
     shape = (logits.stride(0), vocabulary, blocks)
     padded = triton.next_power_of_2(blocks)
-    wide = (rows, triton.cdiv(blocks, _BLOCKS))
     temperatures = None if draws is None else draws.temperatures
+    # Those that read all logits take some blocks a program; a row's edge is one program's work.
+    reading = tuned("sample", str(vocabulary), {"BLOCKS": 8, "num_warps": 4}, logits.device)
+    wide = (rows, triton.cdiv(blocks, reading["BLOCKS"]))
     _measure[wide](
-        logits, temperatures, space.maxima, space.masses, *shape, BLOCK=_BLOCK, BLOCKS=_BLOCKS
+        logits, temperatures, space.maxima, space.masses, *shape, BLOCK=_BLOCK, **reading
     )
     if draws is not None:
         _find_edge[(rows,)](
@@ -346,8 +347,7 @@ def _launch(logits: Tensor, draws: Draws | None, space: Space, out: Tensor | Non
             *shape,
             BLOCK=_BLOCK,
             PADDED=padded,
-            TILE=_TILE,
-            num_warps=16,
+            **tuned("edge", str(vocabulary), {"TILE": 4096, "num_warps": 16}, logits.device),
         )
         _weigh[wide](
             logits,
@@ -358,8 +358,8 @@ def _launch(logits: Tensor, draws: Draws | None, space: Space, out: Tensor | Non
             space.edges,
             *shape,
             BLOCK=_BLOCK,
-            BLOCKS=_BLOCKS,
             PADDED=padded,
+            **reading,
         )
     _draw[(rows,)](
         logits,
