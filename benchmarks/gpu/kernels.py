@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from engine.gpu.kernels.activation import gated
-from engine.gpu.kernels.blocks import gather, scatter
-from engine.gpu.kernels.rope import rotate_and_store
 from torch import Tensor
 
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.timing import seconds
+from engine.gpu.kernels.activation import gated
+from engine.gpu.kernels.blocks import gather, scatter
 from engine.gpu.kernels.norm import add_rms_norm, rms_norm
+from engine.gpu.kernels.rope import rotate_and_store
 from engine.model.pool import KvGeometry, KvPool
 
 

@@ -140,7 +140,17 @@ def test_adjusted_rows_and_logprobs_are_those_of_torch(choice: ChoiceOf) -> None
         )
         for row in range(40)
     ]
-    assert sample(logits, sequences, choice()) == sample(logits, sequences)
+    for ours, theirs in zip(
+        sample(logits, sequences, choice()), sample(logits, sequences), strict=True
+    ):
+        assert ours.token_id == theirs.token_id
+        assert (ours.logprob is None) == (theirs.logprob is None)
+        if ours.logprob is not None and theirs.logprob is not None:
+            assert ours.logprob.rank == theirs.logprob.rank
+            assert ours.logprob.logprob == pytest.approx(theirs.logprob.logprob, abs=1e-5)
+            assert [token for token, _ in ours.logprob.top] == [t for t, _ in theirs.logprob.top]
+            found = [share for _, share in ours.logprob.top]
+            assert found == pytest.approx([share for _, share in theirs.logprob.top], abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
