@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from baton.errors import ModelError
+from engine.quantization.scheme import Scheme, read_scheme
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -30,6 +31,7 @@ class ModelConfig:
     dtype: torch.dtype | None  # what the checkpoint says it is stored in
     tied: bool  # the output head is the embedding
     source: PretrainedConfig
+    scheme: Scheme | None = None  # how its weights are quantized, if they are
 
     def size(self, name: str) -> int:
         """A positive integer that only this family's configuration has. Raises ModelError."""
@@ -40,9 +42,10 @@ def read_config(path: Path) -> ModelConfig:
     """Check that `path` is a model directory that is safe to load, and read its configuration.
 
     Raises ModelError if it is missing, has no configuration, tokenizer or safetensors, is
-    quantized, needs code of its own, or makes no sense.
+    quantized in a way that is not supported, needs code of its own, or makes no sense.
     """
     _check_directory(path)
+    scheme = read_scheme(path)  # before transformers, which may refuse it with less to say
     try:
         source = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises whatever the file provoked
@@ -51,8 +54,6 @@ def read_config(path: Path) -> ModelConfig:
     architectures = getattr(source, "architectures", None) or []
     if len(architectures) != 1:
         raise ModelError(f"{path / 'config.json'}: `architectures` must name exactly one class")
-    if getattr(source, "quantization_config", None) is not None:
-        raise ModelError(f"{path}: quantized checkpoints are not supported")
     return ModelConfig(
         path=path,
         architecture=architectures[0],
@@ -64,6 +65,7 @@ def read_config(path: Path) -> ModelConfig:
         dtype=_dtype(source.dtype),
         tied=bool(getattr(source, "tie_word_embeddings", False)),
         source=text,
+        scheme=scheme,
     )
 
 

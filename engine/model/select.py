@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from baton import cores
+from baton.errors import ModelError
 from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.model import PagedModel
@@ -106,7 +107,9 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
             isa=isa,
         ),
     )
-    weights = _name(dtype) if options.quantization == "none" else options.quantization
+    weights = _shown(
+        _name(dtype) if options.quantization == "none" else options.quantization, config
+    )
     _logger.info(
         "compiled backend: %s, %d threads, %s weights", library.isa_name(isa), threads, weights
     )
@@ -128,6 +131,11 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
     checkpoint = Checkpoint(config.path, _torch_dtype(config, options), options.device)
     found = _NATIVE.get(config.architecture)
     if found is None:
+        if config.scheme is not None:
+            raise ModelError(
+                f"{config.path}: {config.architecture} has no implementation here that reads "
+                f"quantized checkpoints ({config.scheme.method})"
+            )
         from engine.model.hf import load_fallback
 
         model: PagedModel = load_fallback(
@@ -138,7 +146,14 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
         build: Callable[..., PagedModel] = getattr(importlib.import_module(module), name)
         model = build(config, checkpoint, attention)
     kv_dtype = _kv_dtype(options, checkpoint.dtype)
-    return Built(model, _name(checkpoint.dtype), kv_dtype, options.threads)
+    return Built(model, _shown(_name(checkpoint.dtype), config), kv_dtype, options.threads)
+
+
+def _shown(weights: str, config: ModelConfig) -> str:
+    """The format of weights as people read it: also that of the checkpoint, if it is quantized."""
+    if config.scheme is None or config.scheme.name == weights:
+        return weights
+    return f"{weights} from {config.scheme.name}"
 
 
 def _torch_dtype(config: ModelConfig, options: ModelOptions) -> torch.dtype | None:

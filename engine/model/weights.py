@@ -16,6 +16,9 @@ from torch import Tensor
 
 from baton.errors import ModelError
 from engine.model.mapped import MappedFile
+from engine.quantization.checkpoints import SCALE_SUFFIXES, Files, QuantizedWeights
+from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
+from engine.quantization.scheme import OLD_FILE, Scheme, read_scheme
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,9 +28,10 @@ _SAMPLE_BYTES = 4096
 
 class Checkpoint:
     """The tensors of a model directory, mapped into memory and read on demand, in `dtype` on
-    `device`.
+    `device`. Weights that are stored quantized are given as what they mean.
 
-    Raises ModelError if a file is missing, truncated or no safetensors file.
+    Raises ModelError if a file is missing, truncated or no safetensors file, or if the quantization
+    is not supported.
     """
 
     def __init__(
@@ -46,24 +50,47 @@ class Checkpoint:
             self._readers[file] = reader
             self._where |= dict.fromkeys(reader.keys(), file)
         self._maps: dict[Path, MappedFile] = {}
+        self.scheme: Scheme | None = read_scheme(path)
+        self._quantized: QuantizedWeights | None = None
+        if self.scheme is not None:
+            files = Files(path, self._where.keys(), self._read, self._dtype)
+            self._quantized = QuantizedWeights(files, self.scheme)
         self.dtype = dtype or self._stored_dtype()
         self.device = device
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._where or self.is_quantized(name)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether weight `name` is stored quantized."""
+        return self._quantized is not None and name in self._quantized
+
+    def quantized(self, name: str, out: int, into: int) -> GroupQuantized | Fp8Quantized | None:
+        """Weight `name` [out, in] as it is stored, on `device`, for products that can use that.
+
+        None if it is not quantized, or in a form that only dense weights can have. Raises as a
+        call does.
+        """
+        if self._quantized is None or name not in self._quantized:
+            return None
+        found = self._quantized.quantized(name, out, into)
+        return None if found is None else found.to(self.device)
 
     def _stored_dtype(self) -> torch.dtype:
         for name in self._where:
             dtype = self._read(name).dtype
-            if dtype in _FLOATS:
+            if dtype in _FLOATS and not name.endswith(SCALE_SUFFIXES):
                 return dtype
         raise ModelError(f"{self.path}: has no floating-point tensor")
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """A copy of tensor `name` in memory of its own.
 
-        Raises ModelError if it is missing, has another shape, or holds no plain floats.
+        Raises ModelError if it is missing, has another shape, or holds no plain floats and is no
+        sound quantized weight.
         """
+        if self._quantized is not None and name in self._quantized:
+            return self._quantized.dense(name, *shape).to(device=self.device, dtype=self.dtype)
         if name not in self._where:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
         found = self._read(name)
@@ -73,8 +100,11 @@ class Checkpoint:
     def mapped(self, name: str, *shape: int) -> Tensor:
         """Tensor `name` where it lies in the file, in its stored dtype; never write to it.
 
-        It stays mapped for as long as the tensor lives. Raises as a call does.
+        It stays mapped for as long as the tensor lives. A quantized weight is a float32 tensor in
+        memory of its own. Raises as a call does.
         """
+        if self._quantized is not None and name in self._quantized:
+            return self._quantized.dense(name, *shape)
         if name not in self._where:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
         found = self._map(name).entry(name)
@@ -89,7 +119,14 @@ class Checkpoint:
 
     def forget(self, name: str) -> None:
         """Give back the memory that a mapped tensor's pages take; they are read again if needed."""
-        self._map(name).forget(name)
+        parts = [name]
+        if self._quantized is not None and name in self._quantized:
+            parts = self._quantized.parts(name)
+        for part in parts:
+            self._map(part).forget(part)
+
+    def _dtype(self, name: str) -> torch.dtype | None:
+        return self._map(name).entry(name).dtype
 
     def _map(self, name: str) -> MappedFile:
         file = self._where[name]
@@ -120,8 +157,8 @@ def fingerprint(path: Path, quantization: str = "none") -> str:
     """32 hex digits that change with the configuration or the weights of a model directory, and
     with what is made of the weights at load.
 
-    Fast for any size: hashes config.json, and of each weight file its size, its header (names,
-    shapes, dtypes) and evenly spaced samples of its bytes.
+    Fast for any size: hashes config.json (which says how weights are quantized), and of each
+    weight file its size, its header (names, shapes, dtypes) and evenly spaced samples of its bytes.
     """
     digest = xxhash.xxh3_128((path / "config.json").read_bytes())
     for file in _files(path):
@@ -133,6 +170,8 @@ def fingerprint(path: Path, quantization: str = "none") -> str:
             for sample in range(_SAMPLES):
                 stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
+    if (path / OLD_FILE).is_file():
+        digest.update((path / OLD_FILE).read_bytes())
     if quantization != "none":
         digest.update(quantization.encode())
     return digest.hexdigest()

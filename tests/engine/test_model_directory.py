@@ -239,7 +239,7 @@ def test_an_index_cannot_point_out_of_the_directory(directory: Path) -> None:
         ({"intermediate_size": 95}, r"mlp\.gate_proj\.weight"),
         ({"vocab_size": 200}, r"embed_tokens\.weight"),
         ({"num_hidden_layers": 3}, r"layers\.2\..*is missing"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq checkpoints with bits None"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
     ],
 )

@@ -1,0 +1,244 @@
+"""What a configuration says of how a checkpoint's weights are stored.
+
+Understood are GPTQ and AWQ as AutoGPTQ, GPTQModel and AutoAWQ write them, compressed-tensors as
+llm-compressor does, and fp8 by blocks, by channels or by tensors as DeepSeek, Qwen and AutoFP8
+have it. What is not understood is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from baton.errors import ModelError
+
+OLD_FILE = "quantize_config.json"  # where GPTQ kept its configuration before config.json had it
+
+
+class Layout(Enum):
+    """Which tensors a quantized weight consists of, beside `name`'s module prefix."""
+
+    GPTQ = "gptq"  # qweight, qzeros, scales, g_idx
+    AWQ = "awq"  # qweight, qzeros, scales
+    PACKED = "packed"  # weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx
+    PLAIN = "plain"  # weight in int8 or fp8, weight_scale, weight_zero_point
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a group of modules is stored. `block` (rows, columns) has one scale; else `group_size`
+    inputs of an output do, all of them if None."""
+
+    layout: Layout
+    bits: int
+    floating: bool = False  # e4m3, else integers
+    symmetric: bool = True
+    group_size: int | None = None
+    block: tuple[int, int] | None = None
+    zeros_less_one: bool = False  # GPTQ's first version stores zeros minus one
+
+    @property
+    def name(self) -> str:
+        """As --quantization spells it."""
+        return "fp8" if self.floating else f"int{self.bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """The quantization of a checkpoint: a form per pattern of module names.
+
+    A pattern is a name, or "re:" and a regular expression that matches its beginning, or a class.
+    """
+
+    method: str
+    forms: tuple[tuple[tuple[str, ...], Form], ...]
+    ignored: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The formats of its weights, as --quantization spells them: "int4", "fp8, int8"."""
+        return ", ".join(sorted({form.name for _, form in self.forms}))
+
+    def form(self, module: str) -> Form | None:
+        """That of a linear module; names go before classes. None if it is not to be quantized."""
+        if any(_names(pattern, module) for pattern in self.ignored):
+            return None
+        for matches in (_names, _is_class):
+            for patterns, form in self.forms:
+                if any(matches(pattern, module) for pattern in patterns):
+                    return form
+        return None
+
+
+def read_scheme(path: Path) -> Scheme | None:
+    """The quantization of a model directory; None if it has none.
+
+    Raises ModelError that names the method or the option that is not supported, and for a
+    configuration that makes no sense.
+    """
+    config = _json(path / "config.json")
+    found = config.get("quantization_config", config.get("compression_config"))
+    if found is None and (path / OLD_FILE).is_file():
+        found = {"quant_method": "gptq"} | _json(path / OLD_FILE)
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path / 'config.json'}: quantization_config is no object")
+    method = str(found.get("quant_method"))
+    if method not in _METHODS:
+        known = ", ".join(sorted(_METHODS))
+        raise ModelError(
+            f"{path}: quantized checkpoints of method {method!r} are not supported (those of "
+            f"{known} are)"
+        )
+    try:
+        return _METHODS[method](found)
+    except _Unsupported as error:
+        raise ModelError(f"{path}: {method} checkpoints with {error} are not supported") from None
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise ModelError(f"{path}: quantization_config makes no sense: {error!r}") from error
+
+
+class _Unsupported(Exception):
+    """An option, spelled out."""
+
+
+def _gptq(config: Mapping[str, Any]) -> Scheme:
+    version = config.get("checkpoint_format") or config.get("format") or "gptq"
+    _only(config.get("bits"), "bits", (4, 8))
+    _only(version, "checkpoint_format", ("gptq", "gptq_v2"))
+    _only(bool(config.get("is_marlin_format")), "is_marlin_format", (False,))
+    _only(config.get("pack_dtype") or "int32", "pack_dtype", ("int32",))
+    _only(config.get("dynamic") or None, "dynamic", (None,))
+    form = Form(
+        Layout.GPTQ,
+        config["bits"],
+        symmetric=False,  # the zeros are stored, whatever they are
+        group_size=_group_size(config.get("group_size", 128)),
+        zeros_less_one=version == "gptq",
+    )
+    return Scheme("gptq", ((("Linear",), form),))
+
+
+def _awq(config: Mapping[str, Any]) -> Scheme:
+    _only(config.get("bits", config.get("w_bit", 4)), "bits", (4,))
+    _only(config.get("zero_point", True), "zero_point", (True,))
+    version = config.get("version") or config.get("format") or "gemm"
+    _only(str(version).lower(), "version", ("gemm",))
+    form = Form(
+        Layout.AWQ,
+        4,
+        symmetric=False,
+        group_size=_group_size(config.get("group_size", config.get("q_group_size", 128))),
+    )
+    return Scheme("awq", ((("Linear",), form),))
+
+
+def _fp8(config: Mapping[str, Any]) -> Scheme:
+    _only(config.get("scale_fmt") or "float", "scale_fmt", ("float",))
+    _only(config.get("fmt") or "e4m3", "fmt", ("e4m3",))
+    block = config.get("weight_block_size")
+    form = Form(Layout.PLAIN, 8, floating=True, block=_block(block) if block else None)
+    return Scheme("fp8", ((("Linear",), form),))
+
+
+def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
+    _only(config.get("transform_config") or None, "transform_config", (None,))
+    sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
+    _only(sparsity, "sparsity_config.format", ("dense",))
+    status = config.get("quantization_status", "compressed")
+    _only(status, "quantization_status", ("compressed",))
+    forms = []
+    for group in config["config_groups"].values():
+        if not isinstance(group, dict):
+            raise _Unsupported("presets in config_groups")
+        if group.get("weights") is None:
+            continue
+        form = _compressed_form(group["weights"], group.get("format") or config["format"])
+        forms.append((tuple(str(target) for target in group["targets"]), form))
+    ignored = tuple(str(name) for name in config.get("ignore") or ())
+    for pattern in (*ignored, *(target for targets, _ in forms for target in targets)):
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    return Scheme("compressed-tensors", tuple(forms), ignored)
+
+
+def _compressed_form(weights: Mapping[str, Any], stored: str) -> Form:
+    kinds = {
+        "pack-quantized": Layout.PACKED,
+        "naive-quantized": Layout.PLAIN,
+        "int-quantized": Layout.PLAIN,
+        "float-quantized": Layout.PLAIN,
+    }
+    _only(stored, "format", kinds)
+    layout, floating = kinds[stored], weights.get("type", "int") == "float"
+    bits = (4, 8) if layout is Layout.PACKED and not floating else (8,)
+    _only(weights.get("num_bits", 8), f"{weights.get('type', 'int')} num_bits", bits)
+    size, block = weights.get("group_size"), weights.get("block_structure")
+    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(size, "group")
+    _only(strategy, "strategy", ("tensor", "channel", "group", "block"))
+    if layout is Layout.PACKED and (floating or strategy == "block"):
+        raise _Unsupported(f"format {stored!r} of {'floats' if floating else 'blocks'}")
+    return Form(
+        layout,
+        weights.get("num_bits", 8),
+        floating,
+        bool(weights.get("symmetric", True)),
+        _group_size(size) if strategy == "group" else None,
+        _block(block) if strategy == "block" else None,
+    )
+
+
+def _group_size(value: Any) -> int | None:
+    if value in (-1, None):
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"group_size {value!r}")
+    return value
+
+
+def _block(value: Any) -> tuple[int, int]:
+    rows, columns = (int(side) for side in value)
+    if rows < 1 or columns < 1:
+        raise ValueError(f"blocks of {value!r}")
+    return rows, columns
+
+
+def _only(value: Any, name: str, supported: Any) -> None:
+    if value not in supported:
+        raise _Unsupported(f"{name} {value!r}")
+
+
+def _names(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), module) is not None
+    return pattern == module
+
+
+def _is_class(pattern: str, module: str) -> bool:
+    """Every weight that is asked for as quantized belongs to a torch.nn.Linear."""
+    return pattern == "Linear"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: is no object")
+    return found
+
+
+_METHODS = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+}

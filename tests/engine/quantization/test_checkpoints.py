@@ -1,0 +1,182 @@
+"""Weights that others have quantized are read as others read them.
+
+The files in tests/data/quantized were made by the code of GPTQModel, AutoAWQ, compressed-tensors
+and transformers, and so were the weights expected from them (`source` in the metadata of each).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baton.errors import ModelError
+from engine.model.weights import Checkpoint
+from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
+
+NAME = "m.weight"
+ReadGolden = Callable[[str], Any]
+
+
+def test_weights_are_what_the_project_that_packed_them_unpacks(
+    golden_name: str, golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden(golden_name)
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    assert NAME in checkpoint
+    for found in (
+        checkpoint(NAME, *case.expected.shape),
+        checkpoint.mapped(NAME, *case.expected.shape),
+    ):
+        torch.testing.assert_close(found, case.expected, rtol=1e-6, atol=1e-7)
+    half = Checkpoint(tmp_path, torch.bfloat16)(NAME, *case.expected.shape)
+    assert half.dtype is torch.bfloat16
+    torch.testing.assert_close(half.float(), case.expected, rtol=2**-8, atol=1e-7)
+
+
+def test_the_stored_form_means_the_same(
+    golden_name: str, golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden(golden_name)
+    found = Checkpoint(case.save(tmp_path), torch.float32).quantized(NAME, *case.expected.shape)
+    if "block" in golden_name:
+        assert found is None  # scales that change along the inputs of fp8
+        return
+    assert isinstance(found, Fp8Quantized if "float" in golden_name else GroupQuantized)
+    torch.testing.assert_close(found.dequantize(), case.expected, rtol=1e-6, atol=1e-7)
+    if isinstance(found, GroupQuantized):
+        assert found.packed.nbytes == found.shape[0] * found.shape[1] * found.bits // 8
+
+
+def test_symmetric_weights_carry_no_zeros(golden: ReadGolden, tmp_path: Path) -> None:
+    for name, symmetric in (("gptq-int4", True), ("gptq-int4-v2", False), ("awq-int4", False)):
+        case = golden(name)
+        found = Checkpoint(case.save(tmp_path / name), torch.float32).quantized(
+            NAME, *case.expected.shape
+        )
+        assert isinstance(found, GroupQuantized)
+        assert (found.zeros is None) == symmetric
+
+
+def test_only_act_order_has_an_order(golden: ReadGolden, tmp_path: Path) -> None:
+    for name, ordered in (("gptq-int4", False), ("gptq-int4-act-order", True)):
+        case = golden(name)
+        found = Checkpoint(case.save(tmp_path / name), torch.float32).quantized(
+            NAME, *case.expected.shape
+        )
+        assert isinstance(found, GroupQuantized)
+        assert (found.order is not None) == ordered
+
+
+def test_groups_of_unequal_sizes_are_dense_only(golden: ReadGolden, tmp_path: Path) -> None:
+    case = golden("gptq-int4-act-order")
+    group_of = case.tensors["m.g_idx"]
+    first = int((group_of == 0).nonzero()[0])
+    case.tensors["m.g_idx"][first] = 1
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    assert checkpoint.quantized(NAME, *case.expected.shape) is None
+    dense = checkpoint(NAME, *case.expected.shape)
+    others = [column for column in range(case.expected.shape[1]) if column != first]
+    torch.testing.assert_close(dense[:, others], case.expected[:, others])
+    assert not torch.equal(dense[:, first], case.expected[:, first])
+
+
+def test_without_group_indices_groups_come_in_order(golden: ReadGolden, tmp_path: Path) -> None:
+    case = golden("gptq-int4")
+    del case.tensors["m.g_idx"]
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    torch.testing.assert_close(checkpoint(NAME, *case.expected.shape), case.expected)
+
+
+def test_dense_weights_beside_quantized_ones_stay_what_they_are(
+    golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden("packed-int4-group")
+    case.tensors["lm_head.weight"] = torch.randn(4, 3)
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    assert torch.equal(checkpoint("lm_head.weight", 4, 3), case.tensors["lm_head.weight"])
+    assert checkpoint.quantized("lm_head.weight", 4, 3) is None
+
+
+def test_the_dtype_of_a_checkpoint_is_not_that_of_its_scales(
+    golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden("fp8-block")  # scales in float32
+    case.tensors["norm.weight"] = torch.ones(4, dtype=torch.bfloat16)
+    assert Checkpoint(case.save(tmp_path)).dtype is torch.bfloat16
+
+
+def _drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+def _cut(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__setitem__(name, tensors[name][:-1].contiguous())
+
+
+def _cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__setitem__(name, tensors[name].to(dtype))
+
+
+def _fill(name: str, value: int) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__setitem__(name, torch.full_like(tensors[name], value))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("gptq-int4", _drop("m.scales"), "'m.scales' is missing"),
+        ("gptq-int4", _drop("m.qzeros"), "'m.qzeros' is missing"),
+        ("gptq-int4", _cut("m.qweight"), r"'m.qweight' has shape \(7, 16\), .* \(8, 16\)"),
+        ("gptq-int4", _cut("m.scales"), r"'m.scales' has shape \(3, 16\)"),
+        ("gptq-int4", _cast("m.qweight", torch.int64), "'m.qweight' holds torch.int64, not int32"),
+        ("gptq-int4", _cast("m.scales", torch.int32), "'m.scales' holds torch.int32"),
+        ("gptq-int4", _fill("m.g_idx", 4), "'m.g_idx' names groups that are not among 4"),
+        ("gptq-int4", _fill("m.g_idx", -1), "'m.g_idx' names groups"),
+        ("awq-int4", _cut("m.qweight"), r"'m.qweight' has shape \(63, 4\)"),
+        ("packed-int4-group", _drop("m.weight_scale"), "'m.weight_scale' is missing"),
+        ("packed-int4-group", _fill("m.weight_shape", 3), r"'m.weight_shape' says \[3, 3\]"),
+        ("packed-int4-asymmetric", _drop("m.weight_zero_point"), "'m.weight_zero_point' is miss"),
+        ("packed-int4-asymmetric", _cut("m.weight_zero_point"), "'m.weight_zero_point' has shape"),
+        ("naive-int8-channel", _drop("m.weight_scale"), "'m.weight_scale' is missing"),
+        ("naive-int8-channel", _cut("m.weight_scale"), "'m.weight_scale' has shape"),
+        ("float-channel", _cut("m.weight"), "'m.weight' has shape"),
+        ("float-channel", _drop("m.weight_scale"), "'m.weight_scale' is missing"),
+        ("float-block", _cut("m.weight_scale"), r"'m.weight_scale' has shape \(1, 2\)"),
+        ("fp8-block", _drop("m.weight_scale_inv"), "'m.weight_scale' is missing"),
+    ],
+)
+def test_what_is_wrong_with_a_weight_is_named(
+    name: str,
+    spoil: Callable[[dict[str, Tensor]], None],
+    reason: str,
+    golden: ReadGolden,
+    tmp_path: Path,
+) -> None:
+    case = golden(name)
+    spoil(case.tensors)
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    for read in (checkpoint, checkpoint.mapped, checkpoint.quantized):
+        with pytest.raises(ModelError, match=reason):
+            read(NAME, *case.expected.shape)
+
+
+def test_a_weight_that_is_quantized_although_ignored_is_refused(
+    golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden("packed-int4-group")
+    case.config["ignore"] = ["re:m.*"]
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    with pytest.raises(ModelError, match=re.escape("'m' is stored quantized, and quantization_co")):
+        checkpoint(NAME, *case.expected.shape)
+
+
+def test_a_quantized_vector_is_refused(golden: ReadGolden, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(golden("gptq-int4").save(tmp_path), torch.float32)
+    with pytest.raises(ModelError, match=r"'m\.weight' is quantized but no matrix"):
+        checkpoint(NAME, 64)

@@ -1,0 +1,124 @@
+"""What configurations say of quantization is understood, or refused by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import ModelError
+from engine.quantization.scheme import OLD_FILE, Layout, read_scheme
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def compressed(fmt: str = "pack-quantized", /, **weights: Any) -> dict[str, Any]:
+    """A configuration of compressed-tensors with one group."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128} | weights
+    group = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": fmt,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+def write(path: Path, config: Any) -> Path:
+    """A directory with that quantization_config."""
+    (path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    return path
+
+
+def test_a_model_without_quantization_has_no_scheme(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert read_scheme(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (GPTQ, "int4"),
+        (GPTQ | {"bits": 8, "checkpoint_format": "gptq_v2"}, "int8"),
+        (AWQ, "int4"),
+        (FP8, "fp8"),
+        (compressed(), "int4"),
+        (compressed("int-quantized", num_bits=8, strategy="channel", group_size=None), "int8"),
+        (
+            compressed("float-quantized", type="float", num_bits=8, strategy="tensor"),
+            "fp8",
+        ),
+    ],
+)
+def test_supported_formats_have_the_names_of_quantizations(
+    config: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    scheme = read_scheme(write(tmp_path, config))
+    assert scheme is not None
+    assert scheme.name == name
+    assert scheme.method == config["quant_method"]
+
+
+def test_gptqs_own_file_is_read_where_the_configuration_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / OLD_FILE).write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": True}))
+    scheme = read_scheme(tmp_path)
+    assert scheme is not None
+    form = scheme.form("model.layers.0.mlp.up_proj")
+    assert form is not None
+    assert (form.layout, form.group_size, form.zeros_less_one) == (Layout.GPTQ, 32, True)
+
+
+def test_modules_get_the_form_of_their_name_before_that_of_their_class(tmp_path: Path) -> None:
+    config = compressed()
+    eight = {"num_bits": 8, "strategy": "channel"}
+    config["config_groups"]["group_1"] = {"targets": ["re:.*down_proj$", "a.b"], "weights": eight}
+    config["ignore"] = ["lm_head", "re:.*layers\\.3\\..*"]
+    scheme = read_scheme(write(tmp_path, config))
+    assert scheme is not None
+    found = {
+        name: form.bits if form is not None else None
+        for name in ("layers.0.up_proj", "layers.0.down_proj", "a.b", "lm_head", "layers.3.up_proj")
+        for form in [scheme.form(name)]
+    }
+    assert list(found.values()) == [4, 8, 8, None, None]
+    assert scheme.name == "int4, int8"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"quant_method": "bitsandbytes"}, "method 'bitsandbytes' are not supported"),
+        ({}, "method 'None'"),
+        (GPTQ | {"bits": 3}, "gptq checkpoints with bits 3 are"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (GPTQ | {"is_marlin_format": True}, "is_marlin_format True"),
+        (GPTQ | {"dynamic": {"-:.*": {}}}, "dynamic"),
+        (GPTQ | {"pack_dtype": "int64"}, "pack_dtype 'int64'"),
+        (GPTQ | {"group_size": "many"}, "makes no sense"),
+        (GPTQ | {"group_size": 0}, "makes no sense"),
+        (AWQ | {"version": "gemv"}, "awq checkpoints with version 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (AWQ | {"bits": 8}, "bits 8"),
+        (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt 'ue8m0'"),
+        (FP8 | {"weight_block_size": [128]}, "makes no sense"),
+        (compressed("nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
+        (compressed(num_bits=3), "int num_bits 3"),
+        (compressed(type="float"), "float num_bits 4"),
+        (compressed(strategy="tensor_group"), "strategy 'tensor_group'"),
+        (compressed() | {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+        (compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
+        (compressed() | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        (compressed() | {"config_groups": {"W4A16": ["Linear"]}}, "presets"),
+        (compressed() | {"config_groups": 4}, "makes no sense"),
+        (compressed() | {"ignore": ["re:("]}, "makes no sense"),
+        ("gptq", "is no object"),
+    ],
+)
+def test_what_is_not_supported_is_named(config: Any, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=reason):
+        read_scheme(write(tmp_path, config))
