@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from engine.quantization.groupwise import (
 
 _logger = logging.getLogger(__name__)
 
-Quantization = Literal["none", "int8", "int4", "fp8"]
 _GROUP_SIZES = (128, 64, 32, 16)  # of int4 that is made here, the first that divides the inputs
 
 
@@ -138,12 +137,12 @@ def linear(
     sizes: Sequence[int],
     into: int,
     biases: bool,
-    quantization: Quantization,
+    quantization: str,
 ) -> GpuLinear:
     """The projections `names` ("model.layers.0.mlp.up_proj") of `sizes` outputs as one product.
 
     Weights that the checkpoint has quantized stay as they are stored, if kernels can use that;
-    with `quantization` the others are quantized. `biases`: whether they have any. Raises
+    with `quantization` "int8", "int4" or "fp8" the others are quantized. `biases`: whether they have any. Raises
     ConfigError if `quantization` is not what is stored, and ModelError as the checkpoint does.
     """
     parts = [(f"{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
@@ -167,9 +166,7 @@ def linear(
     return Int4(quantize(weight, 4, group_size), bias)
 
 
-def _check(
-    checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], quantization: Quantization
-) -> None:
+def _check(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], quantization: str) -> None:
     for name, _ in parts:
         if quantization == "none" or checkpoint.scheme is None or not checkpoint.is_quantized(name):
             continue

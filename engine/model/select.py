@@ -84,7 +84,8 @@ def _build_fused(config: ModelConfig, options: ModelOptions) -> Built:
     checkpoint = Checkpoint(config.path, dtype or config.dtype, options.device)
     model = GpuLlama(config, checkpoint, options.quantization)
     weights = _name(checkpoint.dtype) if options.quantization == "none" else options.quantization
-    return Built(model, weights, _kv_dtype(options, checkpoint.dtype), options.threads, fused=True)
+    weights, kv_dtype = _shown(weights, config), _kv_dtype(options, checkpoint.dtype)
+    return Built(model, weights, kv_dtype, options.threads, fused=True)
 
 
 def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library) -> Built:
@@ -123,7 +124,8 @@ def _build_parallel(config: ModelConfig, options: ModelOptions) -> Built:
 
     dtype = Checkpoint(config.path, _torch_dtype(config, options)).dtype
     model = parallel_model(config, options, dtype)
-    return Built(model, _name(dtype), _kv_dtype(options, dtype), model.threads, ranks=options.ranks)
+    weights, kv_dtype = _shown(_name(dtype), config), _kv_dtype(options, dtype)
+    return Built(model, weights, kv_dtype, model.threads, ranks=options.ranks)
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:

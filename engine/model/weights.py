@@ -112,7 +112,10 @@ class Checkpoint:
         return self._map(name).tensor(name)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of tensor `name` in its file. Raises ModelError if it is missing."""
+        """Shape of tensor `name` in its file, of a quantized weight that of what it means. Raises
+        ModelError if it is missing."""
+        if self._quantized is not None and name in self._quantized:
+            return self._quantized.shape(name)
         if name not in self._where:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
         return self._map(name).entry(name).shape

@@ -66,6 +66,29 @@ class QuantizedWeights:
         stored = (f"{module}.{suffix}" for suffix in _SUFFIXES[form.layout])
         return [part for part in stored if part in self._files.names]
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of weight `name`, as its tensors have it; inputs that fill up a last word of
+        GPTQ count. Raises ModelError."""
+        module, form = self._form(name)
+        first = f"{module}.{_SUFFIXES[form.layout][0]}"
+        if first not in self._files.names:
+            raise ModelError(f"{self._files.path}: tensor {first!r} is missing")
+        stored = self._files.read(first)
+        if stored.ndim != 2:
+            raise ModelError(f"{self._files.path}: tensor {first!r} is no matrix")
+        per_word = packing.WORD // form.bits
+        if form.layout is Layout.GPTQ:
+            return stored.shape[1], stored.shape[0] * per_word
+        if form.layout is Layout.AWQ:
+            return stored.shape[1] * per_word, stored.shape[0]
+        if form.layout is Layout.PACKED:
+            shape = f"{module}.weight_shape"
+            if shape in self._files.names and self._files.read(shape).numel() == 2:
+                out, into = (int(size) for size in self._files.read(shape))
+                return out, into
+            return stored.shape[0], stored.shape[1] * per_word
+        return stored.shape[0], stored.shape[1]
+
     def dense(self, name: str, *shape: int) -> Tensor:
         """Weight `name`, [out, in], as float32. Raises ModelError."""
         reader = self._reader(name, shape)

@@ -29,6 +29,7 @@ def test_weights_are_what_the_project_that_packed_them_unpacks(
     case = golden(golden_name)
     checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
     assert NAME in checkpoint
+    assert checkpoint.stored_shape(NAME) == tuple(case.expected.shape)
     for found in (
         checkpoint(NAME, *case.expected.shape),
         checkpoint.mapped(NAME, *case.expected.shape),
