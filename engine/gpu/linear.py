@@ -141,9 +141,10 @@ def linear(
 ) -> GpuLinear:
     """The projections `names` ("model.layers.0.mlp.up_proj") of `sizes` outputs as one product.
 
-    Weights that the checkpoint has quantized stay as they are stored, if kernels can use that;
-    with `quantization` "int8", "int4" or "fp8" the others are quantized. `biases`: whether they have
-    any. Raises ConfigError if `quantization` is not what is stored, and ModelError as the checkpoint does.
+    Weights that the checkpoint has quantized stay as they are stored, if kernels can use that.
+    `quantization` is "none", or what the others become: "int8", "int4" or "fp8". `biases`: whether
+    they have any. Raises ConfigError if `quantization` is not what is stored, and ModelError as the
+    checkpoint does.
     """
     parts = [(f"{name}.weight", size) for name, size in zip(names, sizes, strict=True)]
     _check(checkpoint, parts, quantization)
