@@ -261,7 +261,7 @@ def _int4_tiles(tokens: int, product: _Product) -> dict[str, int]:
         1: {"BLOCK_N": 16, "BLOCK_S": 4, "num_warps": 4},
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_S": 4, "num_warps": 4, "num_stages": 3},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_S": 2, "num_warps": 4, "num_stages": 3},
-        128: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_S": 2, "num_warps": 8, "num_stages": 3},
+        128: {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_S": 2, "num_warps": 4, "num_stages": 2},
     }
     return _tuned("matmul_int4", tokens, product, default)
 

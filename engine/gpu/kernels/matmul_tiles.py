@@ -75,11 +75,10 @@ def vector_int4(
             product = tl.zeros([BLOCK_N, BLOCK_S, 16], tl.float32)
             offset = tl.zeros([BLOCK_S, 16], tl.float32)
             for nth in tl.static_range(PLANES):
-                plane: tl.constexpr = run * PLANES + nth
-                column = span[:, None] * 128 + plane * 16 + lane[None, :]
+                column = span[:, None] * 128 + (run * PLANES + nth) * 16 + lane[None, :]
                 inside = live[:, None] & (column < inputs)
                 piece = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-                product += _code(packed, plane) * piece[None]
+                product += _code(packed, run * PLANES + nth) * piece[None]
                 offset += piece
             group = span * 0 if GROUP == 0 else (span * 128 + run * PLANES * 16) // GROUP
             known = live & (group < groups)
@@ -227,15 +226,14 @@ def tiled_int4(
             if ZEROS:
                 zero = tl.load(zeros + at, mask=scaled[None, :], other=0).to(tl.float32) + 128.0
             for nth in tl.static_range(PLANES):
-                plane: tl.constexpr = run * PLANES + nth
-                column = span * 128 + plane * 16 + word % 16
+                column = span * 128 + (run * PLANES + nth) * 16 + word % 16
                 inside = live & (column < inputs)
                 piece = tl.load(
                     x + known[None, :] * x_stride + column[:, None],
                     mask=inside[:, None],
                     other=0.0,
                 )
-                weight = ((_code(packed, plane) - zero) * scale).to(x.dtype.element_ty)
+                weight = ((_code(packed, run * PLANES + nth) - zero) * scale).to(x.dtype.element_ty)
                 total = tl.dot(weight, piece, acc=total, input_precision="ieee")
     _store(total, bias, out, row, token, tokens, outputs, BIAS, SPLIT)
 
