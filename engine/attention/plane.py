@@ -58,9 +58,11 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
     most = _LARGEST[dtype]
     x = x.float()
     largest = x.abs().amax(-1)
-    inverse = torch.where(largest > _ZERO, most / largest, 0.0)
+    # A division, rounded once: a number over a tensor would be a product with its reciprocal.
+    inverse = torch.where(largest > _ZERO, torch.full_like(largest, most) / largest, 0.0)
     scales = torch.where(inverse > 0, largest / most, 0.0)
-    numbers = (x * inverse[..., None]).nan_to_num_(0.0)
+    scaled = (inverse > 0)[..., None]  # the zeros of the others have no sign
+    numbers = torch.where(scaled, x * inverse[..., None], 0.0).nan_to_num_(0.0)
     if dtype is torch.int8:
         numbers.round_()
     return numbers.to(dtype), scales
