@@ -69,7 +69,7 @@ class DecodeGraphs:
         """Record the graphs, largest first, so that the smaller ones find their memory there."""
         if self._device.type != "cuda" or not self._model.rotations.fixed:
             return
-        memory = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        memory = torch.cuda.graph_pool_handle()
         for rows in reversed(buckets(self._most)):
             self._graphs[rows] = _Graph(self._static(rows), self._model, self._pool, memory)
         _log.info("recorded %d CUDA graphs, up to %d sequences", len(self._graphs), self._most)

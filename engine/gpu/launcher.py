@@ -171,5 +171,15 @@ def _row(place: ChunkRows, whole_rows: int) -> int:
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
-    names = ("token_ids", "positions", "slots", "block_tables", "logit_rows")
-    return replace(batch, **{n: to_device(getattr(batch, n).numpy(), device) for n in names})
+
+    def moved(tensor: Tensor) -> Tensor:
+        return to_device(tensor.numpy(), device)
+
+    return replace(
+        batch,
+        token_ids=moved(batch.token_ids),
+        positions=moved(batch.positions),
+        slots=moved(batch.slots),
+        block_tables=moved(batch.block_tables),
+        logit_rows=moved(batch.logit_rows),
+    )

@@ -28,13 +28,12 @@ class Arriving:
 
     def __init__(self, numbers: Tensor) -> None:
         """Queue the copy of `numbers`, behind what computes them."""
-        if numbers.device.type != "cuda":
-            self._host, self._there = numbers, None
-            return
-        self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._host.copy_(numbers, non_blocking=True)
-        self._there: torch.cuda.Event | None = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._there.record()
+        self._host = numbers
+        self._there: torch.cuda.Event | None = None
+        if numbers.device.type == "cuda":
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._there = torch.cuda.current_stream(numbers.device).record_event()
 
     def wait(self) -> Tensor:
         """The numbers in host memory, when they are there. Other threads run meanwhile."""

@@ -22,6 +22,7 @@ from baton.errors import ConfigError
 from launcher.options import config_options, flag, read_config
 
 KINDS = [GatewayConfig, PrefillConfig, DecodeConfig, ServeConfig]
+SHARES = ("swap_reserve", "length_quantile", "decode_ahead", "device_memory")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +81,7 @@ class TestEveryProcess:
             match default:
                 case bool():
                     arguments, value = [flag(name)], True
-                case _ if name in ("swap_reserve", "length_quantile", "decode_ahead"):  # shares
+                case _ if name in SHARES:
                     arguments, value = [flag(name), "0.5"], 0.5
                 case int() | float():
                     arguments, value = [flag(name), str(default + 1)], default + 1

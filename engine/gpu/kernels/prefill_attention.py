@@ -206,7 +206,7 @@ def tile_queries(q: Tensor, kv_heads: int, longest: int) -> int:
     _, heads, dim = q.shape
     group = heads // kv_heads
     most = 128 if dim <= 128 and q.element_size() <= 2 else 64
-    rows = min(most, max(16, triton.next_power_of_2(longest * group)))
+    rows: int = min(most, max(16, triton.next_power_of_2(longest * group)))
     return max(1, rows // group)
 
 
