@@ -20,6 +20,7 @@ import torch
 from baton.types import Logprob
 from engine.gpu.launcher import Launched, Launcher, samples_on_device
 from engine.gpu.model import GpuLlama
+from engine.gpu.transfer import Stopwatch
 from engine.model.pool import KvPool
 from engine.model.runner import Threads, TorchExecutor
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
@@ -35,6 +36,7 @@ class Guess:
     whose KV goes where its block table said when the pass began."""
 
     launched: Launched
+    watch: Stopwatch
     rows: dict[Sequence, int]
     tables: list[list[int]]
     positions: list[int]
@@ -84,19 +86,17 @@ class GpuExecutor(TorchExecutor):
         self._launcher = Launcher(model, pool, capacity)
         self._ahead = ahead
         self._guess: Guess | None = None
-        self._idle_at = 0.0  # when the last result was there
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one pass, or take it from the one that runs already. Blocking, one at a time.
 
-        The seconds of the result are the device's: from when it was free for the pass."""
+        The seconds of the result are the device's where the pass was foreseen, which may have been
+        long ago, else those of the call."""
         begun = time.perf_counter()
         with torch.inference_mode():
             self._swap(plan)
-            sampled, prompt, foreseen = self._take(plan) if plan.chunks else ((), (), False)
-        ended = time.perf_counter()
-        seconds = ended - (self._idle_at if foreseen else begun)
-        self._idle_at = ended
+            sampled, prompt, watch = self._take(plan) if plan.chunks else ((), (), None)
+        seconds = watch.seconds() if watch else time.perf_counter() - begun
         return StepResult(sampled, prompt, seconds, swapped=self._swapper.collect())
 
     def warm_up(self) -> None:
@@ -112,9 +112,9 @@ class GpuExecutor(TorchExecutor):
 
     def _take(
         self, plan: StepPlan
-    ) -> tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...], bool]:
-        """What was sampled and the prompt logprobs, for each chunk; and whether all of it had been
-        begun before."""
+    ) -> tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...], Stopwatch | None]:
+        """What was sampled and the prompt logprobs, for each chunk; and how long the device took,
+        if all of it had been begun before."""
         guess, self._guess = self._guess, None
         rows = [guess.row_of(chunk) if guess else None for chunk in plan.chunks]
         missing = [chunk for chunk, row in zip(plan.chunks, rows, strict=True) if row is None]
@@ -137,7 +137,7 @@ class GpuExecutor(TorchExecutor):
             found = (tokens[sequence] for sequence in following.rows)
             following.expected.extend(token.token_id if token else -1 for token in found)
             self._guess = following
-        return tuple(sampled), tuple(prompt), not missing
+        return tuple(sampled), tuple(prompt), guess.watch if guess and not missing else None
 
     def _go_on(
         self,
@@ -174,10 +174,10 @@ class GpuExecutor(TorchExecutor):
         passes = [each.tokens for each in (guess and guess.launched, launched) if each]
         tokens = torch.cat([each for each in passes if each is not None])
         positions = [len(sequence.tokens) for sequence in sequences]
-        begun = self._launcher.go_on(sequences, positions, tokens, sources)
+        begun, watch = self._launcher.go_on(sequences, positions, tokens, sources)
         tables = [s.blocks[: p // size + 1] for s, p in zip(sequences, positions, strict=True)]
         order = {sequence: row for row, sequence in enumerate(sequences)}
-        return Guess(begun, order, tables, positions, [])
+        return Guess(begun, watch, order, tables, positions, [])
 
     def _lasts(self, sequence: Sequence) -> bool:
         """Whether another token can follow the one that is being computed."""

@@ -15,7 +15,7 @@ from engine.gpu.choice import DeviceChoice
 from engine.gpu.graphs import DecodeGraphs, DecodeRows
 from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
-from engine.gpu.transfer import Arriving, to_device
+from engine.gpu.transfer import Arriving, Stopwatch, to_device
 from engine.model.batch import ChunkRows, begun_blocks, build_batch
 from engine.model.logits import needs_adjustment
 from engine.model.pool import KvPool
@@ -111,7 +111,7 @@ class Launcher:
 
     def go_on(
         self, sequences: list[Sequence], positions: list[int], tokens: Tensor, sources: list[int]
-    ) -> Launched:
+    ) -> tuple[Launched, Stopwatch]:
         """A pass over one token of each sequence, at these positions: `tokens[sources]`, which only
         the device knows."""
         size = self._pool.block_size
@@ -119,11 +119,14 @@ class Launcher:
             s.blocks[p // size] for s, p in zip(sequences, positions, strict=True) if not p % size
         ]
         self._clear(begun)
+        watch = Stopwatch(self._device)
         ids = tokens[to_device(np.array(sources), self._device)]
         logits = self._graphs.run(self._rows(sequences, positions), ids)
         chunks = [Chunk(s, p, 1, sample=True) for s, p in zip(sequences, positions, strict=True)]
         offset = [p + 1 for p in positions]
-        return Launched(chunks, self._choice.draw(logits, sequences, offset), sequences)
+        launched = Launched(chunks, self._choice.draw(logits, sequences, offset), sequences)
+        watch.stop()
+        return launched, watch
 
     def _choose(self, chunks: list[Chunk], sequences: list[Sequence], logits: Tensor) -> Launched:
         if all(map(samples_on_device, sequences)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -19,6 +20,35 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.clone()
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Stopwatch:
+    """Seconds that the device takes for what it is given between the beginning and `stop`."""
+
+    __slots__ = ("_begun", "_device", "_ended", "_seconds")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = time.perf_counter()
+        self._begun = self._ended = self._event()
+
+    def stop(self) -> None:
+        """The last of it has been given to the device."""
+        self._ended = self._event()
+        self._seconds = time.perf_counter() - self._seconds
+
+    def seconds(self) -> float:
+        """To be asked for when the device has ended it."""
+        if self._begun is None or self._ended is None:
+            return self._seconds
+        return float(self._begun.elapsed_time(self._ended)) / 1e3
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class Arriving:
