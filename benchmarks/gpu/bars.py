@@ -57,9 +57,7 @@ def _pass(begins: str, metric: str, forms: tuple[str, ...] = ("none",)) -> Calla
 
 def _of(section: str, metric: str, *begins: str) -> Callable[[Record], bool]:
     return lambda record: (
-        record.section == section
-        and record.metric == metric
-        and record.workload.startswith(begins)
+        record.section == section and record.metric == metric and record.workload.startswith(begins)
     )
 
 
@@ -67,8 +65,10 @@ def _large_rows(record: Record) -> bool:
     """Kernels over so many tokens that a launch is a small part of them."""
     kernels = ("rms_norm", "add_rms_norm", "gated", "rotate_and_store")
     name, _, tokens = record.workload.rpartition(" x ")
-    return record.section == "kernels" and record.metric == "share" and (
-        name in kernels and int(tokens) >= 8192
+    return (
+        record.section == "kernels"
+        and record.metric == "share"
+        and (name in kernels and int(tokens) >= 8192)
     )
 
 

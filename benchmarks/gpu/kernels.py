@@ -32,8 +32,20 @@ class Widths:
     head_dim: int = 128
     vocabulary: int = 128256
 
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": (queries + 2 * keys, self.hidden),
+            "output": (self.hidden, queries),
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
 
 LLAMA_8B = Widths()
+QWEN_06B = Widths(1024, 3072, 16, 8, 128, 151936)
 TINY = Widths(64, 128, 4, 2, 16, 256)
 ROWS = (64, 1024, 8192)  # tokens
 PRODUCTS = (1, 8, 64, 512, 8192)  # tokens
@@ -77,9 +89,7 @@ def rows(device: torch.device, tokens: int, widths: Widths = LLAMA_8B) -> Iterat
     size = x.numel() * 2
     yield Case("rms_norm", tokens, lambda: rms_norm(x, weight, 1e-5), 2 * size)
     none = torch.zeros_like(x)  # so that the sum stays what it is, however often it is added to
-    yield Case(
-        "add_rms_norm", tokens, lambda: add_rms_norm(none, residual, weight, 1e-5), 4 * size
-    )
+    yield Case("add_rms_norm", tokens, lambda: add_rms_norm(none, residual, weight, 1e-5), 4 * size)
     gate_up = _random(device, tokens, 2 * widths.intermediate)
     yield Case("gated", tokens, lambda: gated(gate_up, "silu"), gate_up.numel() * 3)
     pool = _pool(device, -(-tokens // 16), kv_heads, dim)
@@ -132,19 +142,37 @@ def products(
     formats: tuple[str, ...] = FORMATS,
 ) -> Iterator[Case]:
     """The gates and ups of a layer, its largest product, with weights in every format."""
-    sizes, into = (widths.intermediate, widths.intermediate), widths.hidden
-    checkpoint = RandomCheckpoint(dtype, device)
     for quantization in formats:
-        product = linear(checkpoint, ("gate", "up"), sizes, into, False, quantization)
-        x = torch.randn(tokens, into, device=device).to(dtype)
-        out = tokens * sum(sizes)
-        yield Case(
-            f"product, {'bfloat16' if quantization == 'none' else quantization}",
-            tokens,
-            lambda product=product, x=x: product(x),  # type: ignore[misc]
-            product.weight_bytes + (x.numel() + out) * x.element_size(),
-            2.0 * out * into,
-        )
+        yield _product(device, tokens, dtype, "gate_up", widths, quantization)
+
+
+def every_product(device: torch.device, tokens: int, widths: Widths) -> Iterator[Case]:
+    """All products of a layer with quantized weights; those of one kernel after another."""
+    for quantization in ("int8", "int4", "fp8"):
+        for name in widths.products:
+            yield _product(device, tokens, torch.bfloat16, name, widths, quantization)
+
+
+def _product(
+    device: torch.device,
+    tokens: int,
+    dtype: torch.dtype,
+    name: str,
+    widths: Widths,
+    quantization: str,
+) -> Case:
+    out, into = widths.products[name]
+    checkpoint = RandomCheckpoint(dtype, device)
+    product = linear(checkpoint, (name,), (out,), into, False, quantization)
+    x = torch.randn(tokens, into, device=device).to(dtype)
+    form = "bfloat16" if quantization == "none" else quantization
+    return Case(
+        f"{name}, {form}",
+        tokens,
+        lambda: product(x),
+        product.weight_bytes + (x.numel() + tokens * out) * x.element_size(),
+        2.0 * tokens * out * into,
+    )
 
 
 def _pool(device: torch.device, blocks: int, kv_heads: int, dim: int, *, layers: int = 1) -> KvPool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -75,7 +75,7 @@ def fill(executor: GpuExecutor) -> None:
     pool = executor.pool
     for layer in range(executor.model.layers):
         for numbers in (pool.keys(layer), pool.values(layer)):
-            for block in numbers.split(1024):
+            for block in torch.split(numbers, 1024):
                 block.copy_(torch.randn(block.shape, device=block.device).to(block.dtype))
         for scale in pool.scales(layer) or ():
             scale.fill_(0.01)
@@ -84,11 +84,12 @@ def fill(executor: GpuExecutor) -> None:
 def measure(
     executor: GpuExecutor, shape: Shape, count: ModelCount, ceilings: Ceilings, *, steps: int = 40
 ) -> Timed:
-    """Time one shape as a worker would run it, pass after pass."""
+    """Time one shape as a worker would run it: so many steps of generation, or a sixth as many
+    passes over prompts."""
     if shape.prompt:
-        took = statistics.median(_prompts(executor, shape))
+        took = median(_prompts(executor, shape, max(1, steps // 6)))
     else:
-        took = statistics.median(_generation(executor, shape, steps))
+        took = median(_generation(executor, shape, steps))
     found = None
     device = executor.pool.storage.device
     if not shape.prompt and device.type == "cuda":
@@ -130,9 +131,9 @@ def _generation(executor: GpuExecutor, shape: Shape, steps: int) -> Iterator[flo
             yield ended - begun
 
 
-def _prompts(executor: GpuExecutor, shape: Shape, repeats: int = 7) -> Iterator[float]:
-    """Seconds of passes over fresh prompts."""
-    for turn in range(repeats):
+def _prompts(executor: GpuExecutor, shape: Shape, repeats: int) -> Iterator[float]:
+    """Seconds of passes over fresh prompts, the first of which warms up."""
+    for turn in range(repeats + 1):
         sequences = [_sequence(executor, i, shape.prompt, 1) for i in range(shape.batch)]
         chunks = tuple(Chunk(s, 0, shape.prompt, sample=True) for s in sequences)
         _settle(executor.pool.storage.device)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +49,10 @@ def available(device: torch.device) -> list[Setting]:
     """The settings that this installation can try."""
     if device.type != "cuda":
         return [setting for setting in SETTINGS if setting.name == "sdpa"]
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+    from transformers.utils.import_utils import (
+        is_flash_attn_2_available,
+        is_flash_attn_3_available,
+    )
 
     hub = importlib.util.find_spec("kernels") is not None
     there = {
@@ -65,9 +67,8 @@ class Transformers:
 
     def __init__(self, shape: str, device: torch.device, dtype: torch.dtype) -> None:
         with device:
-            self._model: Any = AutoModelForCausalLM.from_config(
-                SHAPES[shape](), dtype=dtype, attn_implementation="sdpa"
-            ).eval()
+            make: Any = AutoModelForCausalLM.from_config
+            self._model = make(SHAPES[shape](), dtype=dtype, attn_implementation="sdpa").eval()
         self._manager: Any = None
 
     def start(self, setting: Setting, work: list[Job]) -> None:
@@ -84,13 +85,11 @@ class Transformers:
         }
         known = {each.name for each in dataclasses.fields(ContinuousBatchingConfig)}
         chosen = {name: value for name, value in options.items() if name in known}
+        generation: Any = GenerationConfig
         self._model.set_attn_implementation(setting.attention)
         self._manager = self._model.init_continuous_batching(
-            generation_config=GenerationConfig(
-                max_new_tokens=statistics.mode(job.output for job in work),
-                do_sample=False,
-                eos_token_id=-1,
-                pad_token_id=0,
+            generation_config=generation(
+                max_new_tokens=work[0].output, do_sample=False, eos_token_id=-1, pad_token_id=0
             ),
             continuous_batching_config=ContinuousBatchingConfig(**chosen),
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import torch as _torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ class Source:
     torch: str
 
     @classmethod
-    def here(cls, device: torch.device) -> Source:
+    def here(cls, device: _torch.device) -> Source:
         """This machine, today."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        name = _torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        return cls(name, today, torch.__version__)
+        return cls(name, today, _torch.__version__)
 
     @property
     def file(self) -> str:
@@ -53,7 +53,13 @@ class Source:
         return self.device.lower().replace(" ", "-") + ".json"
 
     def records(
-        self, section: str, workload: str, values: dict[str, float], *, shape: str = "", form: str = ""
+        self,
+        section: str,
+        workload: str,
+        values: dict[str, float],
+        *,
+        shape: str = "",
+        form: str = "",
     ) -> list[Record]:
         """One for each metric."""
         where = (self.device, self.date, self.torch, section, shape, form, workload)

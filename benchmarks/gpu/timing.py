@@ -54,14 +54,18 @@ def _replayed(call: Callable[[], object], device: torch.device, repeats: int) ->
     graph.replay()
     pairs = []
     for _ in range(7):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun, ended = (_event() for _ in range(2))
         begun.record()
         graph.replay()
         ended.record()
         pairs.append((begun, ended))
     torch.cuda.synchronize(device)
-    took = statistics.median(begun.elapsed_time(ended) / 1e3 for begun, ended in pairs)
+    took: float = statistics.median(begun.elapsed_time(ended) / 1e3 for begun, ended in pairs)
     return took / repeats
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
@@ -103,7 +107,7 @@ def watched(call: Callable[[], object], device: torch.device) -> Waiting | None:
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize(device)
-    cuda = torch.autograd.DeviceType.CUDA
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     spans = [
         (event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in profile.events() or ()

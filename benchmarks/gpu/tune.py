@@ -29,6 +29,7 @@ _NEAR = 0.02  # of the largest number, that results may differ by
 _LEAST = {"num_warps": 1, "num_stages": 1}
 _MOST = {"num_warps": 16, "num_stages": 7}
 _ROUNDS = 2
+_ANY = "any"  # the key of what holds for every problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class _Keys:
     def get(self, key: str, default: Constants) -> Constants:
         """As of a kernel's entries."""
         known = self.trial.known.get(self.kernel, {})
-        if key == "any":  # asked first, as what stands in for the key
-            return known.get("any", default)
         ask = Ask(self.kernel, key)
+        if key != _ANY:  # which was asked for first, as what would stand in for the key
+            self.trial.asked.pop(Ask(self.kernel, _ANY), None)
         chosen = self.trial.trying.get(ask) or known.get(key, default)
         self.trial.asked[ask] = chosen
         return chosen
@@ -158,8 +159,10 @@ def _kept(result: Any) -> Tensor | None:
 
 
 def _near(found: Tensor | None, reference: Tensor | None) -> bool:
-    if found is None or reference is None or not found.is_floating_point():
+    if found is None or reference is None:
         return True
+    if not found.is_floating_point():
+        return torch.equal(found, reference)
     apart = (found.float() - reference.float()).abs().max()
     return bool(apart <= _NEAR * reference.float().abs().max().clamp(min=1e-6))
 
