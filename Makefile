@@ -57,8 +57,8 @@ GPU_PYTHON := $(PYTHON)
 GPU_INSTALL :=
 endif
 GPU_SHAPES ?= llama-3-8b,qwen3-0.6b,mistral-7b
-GPU_THERE := $(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
-	"no GPU: torch " + torch.__version__ + " of " + sys.executable + " sees no CUDA device")'
+GPU_THERE = $(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	f"torch {torch.__version__} of {sys.executable} sees no GPU; another one: make $@ PYTHON=python3")'
 
 # Warnings are no errors here: which torch there is, is not ours to say.
 gpu-test: $(GPU_INSTALL) ## test the kernels and the engine on a CUDA GPU
@@ -68,8 +68,8 @@ gpu-test: $(GPU_INSTALL) ## test the kernels and the engine on a CUDA GPU
 
 gpu-bench: $(GPU_INSTALL) ## measure a CUDA GPU: MBU, MFU, kernels, and transformers beside
 	@$(GPU_THERE)
-	$(GPU_PYTHON) -m benchmarks.gpu --shapes $(GPU_SHAPES) --out docs/performance/gpu
-	$(GPU_PYTHON) -m benchmarks.gpu report
+	$(GPU_PYTHON) -m benchmarks.gpu --shapes $(GPU_SHAPES) --out docs/performance/gpu; \
+	status=$$?; $(GPU_PYTHON) -m benchmarks.gpu report && exit $$status
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .tools build *.egg-info .pytest_cache .mypy_cache .ruff_cache
