@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PROTOS := $(shell find protos -name '*.proto')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format protos bench clean
+.PHONY: help install demo test check format protos bench gpu-test gpu-bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t12
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,30 @@ protos: install ## regenerate the stubs from protos/
 
 bench: install ## measure the engine on a random 135M Llama
 	$(BIN)/baton bench engine
+
+# A GPU needs a torch of its own CUDA, which constraints.txt does not have. With PYTHON given (make
+# gpu-test PYTHON=python3) that interpreter is used as it is, and nothing is installed.
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(BIN)/python
+GPU_INSTALL := install
+else
+GPU_PYTHON := $(PYTHON)
+GPU_INSTALL :=
+endif
+GPU_SHAPES ?= llama-3-8b,qwen3-0.6b,mistral-7b
+GPU_THERE = $(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	f"torch {torch.__version__} of {sys.executable} sees no GPU; another one: make $@ PYTHON=python3")'
+
+# Warnings are no errors here: which torch there is, is not ours to say.
+gpu-test: $(GPU_INSTALL) ## test the kernels and the engine on a CUDA GPU
+	@$(GPU_THERE)
+	$(GPU_PYTHON) -m pytest -W default tests/engine/gpu
+	$(GPU_PYTHON) -m pytest -W default -m gpu tests --ignore tests/engine/gpu || [ $$? -eq 5 ]
+
+gpu-bench: $(GPU_INSTALL) ## measure a CUDA GPU: MBU, MFU, kernels, and transformers beside
+	@$(GPU_THERE)
+	$(GPU_PYTHON) -m benchmarks.gpu --shapes $(GPU_SHAPES) --out docs/performance/gpu; \
+	status=$$?; $(GPU_PYTHON) -m benchmarks.gpu report && exit $$status
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .tools build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,190 +1,206 @@
 """MBU, MFU, step times and kernels on this GPU, and output tokens per second beside transformers.
 
-    python -m benchmarks.gpu [--shapes llama-3-8b,qwen3-0.6b,mistral-7b] [--formats none,int8,int4]
-        [--only passes,serving,kernels] [--out docs/performance/gpu]
+    python -m benchmarks.gpu [--shapes llama-3-8b] [--formats none,int8,int4] [--only passes]
+        [--out docs/performance/gpu]
+    python -m benchmarks.gpu tune
+    python -m benchmarks.gpu report
 
-Models have random weights. Ceilings are measured in the same run. `--out` writes a flat JSON record
-for each number, with the date and the device's name.
+Models have random weights and are made on the device; nothing is read or written but --out.
+Ceilings are measured in the same run. --out keeps flat records, a file per device, section by
+section: what a run does not measure stays as it was. A section that fails is reported, and the
+others go on.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import gc
-import json
-import statistics
+import os
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.gpu import kernels, passes, serving
-from benchmarks.gpu.ceilings import Ceilings, measure
-from benchmarks.gpu.models import SHAPES, Sizes, config_of, executor
-from engine.bench.work import ModelCount
+from benchmarks.gpu import problems, tune
+from benchmarks.gpu import report as reports
+from benchmarks.gpu.bars import judged
+from benchmarks.gpu.models import SHAPES, give_back
+from benchmarks.gpu.records import Record, Source, save
+from benchmarks.gpu.sections import KV, PARTS, Bench
+from benchmarks.gpu.timing import seconds
 
-_GENERATION = ((1, 128), (1, 8192 - 64), (8, 2048), (64, 2048))  # batch, context
-_PROMPTS = ((1, 512), (1, 2048), (8, 1024), (2, 4096))  # sequences, tokens
-_WEIGHTS = {"none": "bfloat16", "int8": "int8", "int4": "int4", "fp8": "int8"}  # bytes that count
-
-Row = dict[str, Any]
-
-
-def main() -> None:
-    """Measure and print."""
-    options = _options()
-    device = torch.device(options.device)
-    console = Console()
-    with console.status("ceilings"):
-        ceilings = measure(device, **({"size": 2**20, "side": 64} if options.quick else {}))
-    console.print(
-        f"{_name(device)}: {ceilings.read / 1e9:.0f} GB/s, "
-        f"{ceilings.bf16 / 1e12:.1f} TFLOP/s bf16, {ceilings.fp8 / 1e12:.1f} fp8"
-    )
-    rows: list[Row] = []
-    if "kernels" in options.only:
-        rows += _kernels(console, device, ceilings, options)
-    for shape in options.shapes:
-        if "passes" in options.only:
-            for quantization in options.formats:
-                rows += _passes(console, shape, quantization, device, ceilings, options)
-        if "serving" in options.only:
-            rows += _serving(console, shape, device, options)
-        if options.out is not None:
-            _save(options.out, rows, device, ceilings)
+_ROOT = Path(__file__).parents[2]
+_FORMATS = ("none", "int8", "int4", "fp8")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    names = lambda text: text.split(",")  # noqa: E731
-    parser.add_argument("--shapes", type=names, default=["llama-3-8b", "qwen3-0.6b", "mistral-7b"])
-    parser.add_argument("--formats", type=names, default=["none", "int8", "int4"])
-    parser.add_argument("--only", type=names, default=["kernels", "passes", "serving"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the benchmark")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if unknown := set(options.shapes) - set(SHAPES):
-        parser.error(f"--shapes: {', '.join(unknown)} not in {', '.join(SHAPES)}")
-    return options
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """Names with commas between them, of those that there are."""
+
+    name = "names"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self._known = known
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        """As click does."""
+        found = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        for each in found:
+            if each not in self._known:
+                self.fail(f"{each} is none of {', '.join(self._known)}", param, ctx)
+        return found
 
 
-def _kernels(
-    console: Console, device: torch.device, ceilings: Ceilings, options: argparse.Namespace
-) -> list[Row]:
-    found = kernels.measure(device, ceilings, (16,) if options.quick else (64, 1024, 8192))
-    table = Table("kernel", "tokens", "us", "share of copy bandwidth")
-    for one in found:
-        table.add_row(one.name, f"{one.tokens}", f"{one.seconds * 1e6:.1f}", f"{one.share:.2f}")
-    console.print(table)
-    return [
-        {"workload": f"kernel {one.name} {one.tokens}", "metric": metric, "value": value}
-        for one in found
-        for metric, value in (("seconds", one.seconds), ("share", one.share))
-    ]
+@click.group(invoke_without_command=True)
+@click.option("--shapes", type=Names(tuple(SHAPES)), default="llama-3-8b", show_default=True)
+@click.option("--formats", type=Names(_FORMATS), default="none,int8,int4", show_default=True)
+@click.option("--kv", type=click.Choice(list(KV)), default="auto", show_default=True)
+@click.option("--only", type=Names(PARTS), default=",".join(PARTS), show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--minutes", type=float, help="begin no section after so many")
+@click.option("--quick", is_flag=True, help="tiny sizes, to try the benchmark itself")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="for the records")
+@click.pass_context
+def main(context: click.Context, /, device: str, **options: Any) -> None:
+    """Measure and print. Exits with 1 if a section fails."""
+    if context.invoked_subcommand is None:
+        _bench(_device(device), **options)
 
 
-def _passes(
-    console: Console,
-    shape: str,
-    quantization: str,
-    device: torch.device,
-    ceilings: Ceilings,
-    options: argparse.Namespace,
-) -> list[Row]:
-    wanted = [passes.Shape(batch, context) for batch, context in _GENERATION]
-    wanted += [passes.Shape(batch, prompt=prompt) for batch, prompt in _PROMPTS]
-    if options.quick:
-        wanted = [passes.Shape(2, 24), passes.Shape(2, prompt=16)]
-    limit = SHAPES[shape]().max_position_embeddings
-    wanted = [one for one in wanted if max(part.end for part in one.parts) + 64 <= limit + 1]
-    blocks = max(one.batch * -(-(max(p.end for p in one.parts) + 64) // 16) for one in wanted)
-    sizes = Sizes(blocks, max(one.tokens for one in wanted), max(one.batch for one in wanted))
-    made = executor(shape, device, sizes, quantization=quantization)
-    count = ModelCount.of(config_of(SHAPES[shape]()), _WEIGHTS[quantization], "bfloat16")
-    table = Table(f"{shape}, {quantization}", "ms", "MBU", "MFU", "of the floor", "device idle")
-    rows: list[Row] = []
-    for one in wanted:
-        took = passes.measure(made, one, count, ceilings, steps=8 if options.quick else 40)
-        idle = "" if took.idle is None else f"{took.idle:.1%}"
-        table.add_row(
-            one.name,
-            f"{took.seconds * 1e3:.2f}",
-            f"{took.mbu:.2f}",
-            f"{took.mfu:.2f}",
-            f"{took.floor_share:.2f}",
-            idle,
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException(
+            "torch sees no CUDA device. To try the benchmark itself: TRITON_INTERPRET=1 python -m "
+            "benchmarks.gpu --device cpu --shapes tiny --quick --rounds 1"
         )
-        values = {"seconds": took.seconds, "mbu": took.mbu, "mfu": took.mfu, "idle": took.idle}
-        rows += [
-            {"shape": shape, "format": quantization, "workload": one.name, "metric": m, "value": v}
-            for m, v in values.items()
-            if v is not None
-        ]
-    console.print(table)
-    made.close()
-    del made
-    _give_back(device)
-    return rows
-
-
-def _serving(
-    console: Console, shape: str, device: torch.device, options: argparse.Namespace
-) -> list[Row]:
-    """Rounds of both in turn; equal output lengths, as transformers' interface wants them."""
-    config = SHAPES[shape]()
-    count, prompt, output = (4, 8, 4) if options.quick else (256, 256, 128)
-    work = serving.jobs(count, config.vocab_size, prompt=prompt, output=output)
-    work = serving.equal_outputs(work, output)
-    blocks = sum(-(-(len(job.prompt) + output + 1) // 16) for job in work)
-    ours = executor(shape, device, Sizes(blocks, 32 if options.quick else 2048, len(work)))
-    theirs = serving.Transformers(shape, device, torch.bfloat16)
-    rates: dict[str, list[float]] = {"baton": [], "transformers": []}
-    for turn in range(options.rounds + 1):
-        pair = {"baton": serving.baton(ours, work), "transformers": theirs.run(work)}
-        for name, rate in pair.items():
-            rates[name] += [rate] if turn else []  # in the first both warm up
-    ours.close()
-    del ours, theirs
-    _give_back(device)
-    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
-    found = {name: statistics.median(each) for name, each in rates.items()}
-    console.print(
-        f"{shape}: {found['baton']:.0f} output tokens/s, transformers "
-        f"{found['transformers']:.0f}, ratio {ratio:.2f}"
-    )
-    return [
-        {"shape": shape, "workload": "serving", "metric": f"{name} tokens/s", "value": value}
-        for name, value in (*found.items(), ("ratio", ratio))
-    ]
-
-
-def _give_back(device: torch.device) -> None:
-    gc.collect()
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise click.ClickException("on a CPU kernels need TRITON_INTERPRET=1")
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def _bench(
+    device: torch.device,
+    *,
+    shapes: tuple[str, ...],
+    formats: tuple[str, ...],
+    kv: str,
+    only: tuple[str, ...],
+    rounds: int,
+    minutes: float | None,
+    quick: bool,
+    out: Path | None,
+) -> None:
+    console, source = Console(width=100), Source.here(device)
+    begun = time.monotonic()
+    found: list[Record] = []
+    troubles: list[str] = []
+
+    def section(name: str, run: Callable[[], list[Record]]) -> None:
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            troubles.append(f"{name}: left out, {minutes:g} minutes are over")
+            return
+        try:
+            found.extend(run())
+        except Exception as error:
+            console.print(traceback.format_exc(), markup=False, highlight=False)
+            troubles.append(f"{name}: {type(error).__name__}: {error}")
+        give_back(device)
+        if out is not None:
+            save(out / source.file, found)
+        console.print(f"[dim]{name}: done after {time.monotonic() - begun:.0f} s in all[/dim]")
+
+    bench = Bench(console, device, source, quick=quick)
+    found += bench.ceilings()
+    if "kernels" in only:
+        section("kernels", bench.kernels)
+    if "attention" in only:
+        section("attention", bench.attention)
+    for shape in shapes:
+        if "passes" in only:
+            for quantization in formats:
+                section(f"{shape}, {quantization}", _passes(bench, shape, quantization, kv))
+        if "serving" in only:
+            section(f"{shape}, serving", _serving(bench, shape, rounds))
+    for verdict in judged(found) if device.type == "cuda" else ():
+        console.print(verdict.text, markup=False, highlight=False, soft_wrap=True)
+    for trouble in troubles:
+        console.print(f"TROUBLE  {trouble}", markup=False, highlight=False, soft_wrap=True)
+    if troubles:
+        raise SystemExit(1)
 
 
-def _save(out: Path, rows: list[Row], device: torch.device, ceilings: Ceilings) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": _name(device),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "read_bytes_per_second": ceilings.read,
-        "bf16_operations_per_second": ceilings.bf16,
-        "fp8_operations_per_second": ceilings.fp8,
-    }
-    text = json.dumps({"about": about, "records": rows}, indent=1)
-    (out / f"{_name(device).lower().replace(' ', '-')}.json").write_text(text + "\n")
+def _passes(bench: Bench, shape: str, form: str, kv: str) -> Callable[[], list[Record]]:
+    return lambda: bench.passes(shape, form, kv)
+
+
+def _serving(bench: Bench, shape: str, rounds: int) -> Callable[[], list[Record]]:
+    return lambda: bench.serving(shape, rounds)
+
+
+@main.command("tune")
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--only", help="names of calls that begin so, with commas between them")
+@click.option("--minutes", type=float, default=9.0, show_default=True)
+@click.option("--again", is_flag=True, help="also what was tuned before")
+def tune_command(device: str, only: str | None, minutes: float, again: bool) -> None:
+    """Measure tile sizes, and write engine/gpu/tuned/DEVICE.json."""
+    place = _device(device)
+    if place.type != "cuda":
+        raise click.ClickException("tile sizes are those of a GPU")
+    file, ends = tune.device_file(place), time.monotonic() + 60 * minutes
+    known = tune.read(file)
+    begins = tuple((only or "").split(","))
+    for lot in problems.lots(place):
+        if time.monotonic() > ends:
+            break
+        calls = {name: call for name, call in lot.items() if name.startswith(begins)}
+        trial = tune.Trial({} if again else {kernel: dict(keys) for kernel, keys in known.items()})
+        tune.tune(
+            calls,
+            trial,
+            lambda call: seconds(call, place, repeats=10),
+            click.echo,
+            lambda: time.monotonic() < ends,
+        )
+        for kernel, keys in trial.known.items():
+            known.setdefault(kernel, {}).update(keys)
+        tune.write(file, known)
+        give_back(place)
+    click.echo(f"written: {file}")
+
+
+@main.command("report")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    default=_ROOT / "docs" / "performance" / "gpu",
+    show_default="docs/performance/gpu",
+)
+@click.option(
+    "--page",
+    type=click.Path(exists=True, path_type=Path),
+    default=_ROOT / "docs" / "gpu.md",
+    show_default="docs/gpu.md",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    default=_ROOT / "docs" / "img" / "gpu.png",
+    show_default="docs/img/gpu.png",
+)
+def report_command(results: Path, page: Path, plot: Path) -> None:
+    """Put the tables of what was measured into the page, and draw the plot."""
+    records = reports.all_records(results)
+    page.write_text(reports.fill(page.read_text(), records, plot.name if records else ""))
+    if records:
+        reports.draw(records, plot)
 
 
 if __name__ == "__main__":

@@ -26,20 +26,26 @@ class Ceilings:
 
 
 def measure(device: torch.device, *, size: int = _BYTES, side: int = _SIDE) -> Ceilings:
-    """Takes a second on a GPU."""
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    """Takes a second on a GPU. Numbers are random: products of zeros are faster."""
+    return Ceilings(_bandwidth(device, size), _bf16(device, side), _fp8(device, side))
+
+
+def _bandwidth(device: torch.device, size: int) -> float:
+    source = torch.rand(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copied = 2 * size / seconds(lambda: target.copy_(source), device)
-    read = size / seconds(lambda: source.sum(), device)
-    left = torch.randn(side, side, device=device).bfloat16()
-    product = 2 * side**3 / seconds(lambda: left @ left, device)
-    return Ceilings(max(copied, read), product, _fp8(device, side))
+    return max(copied, size / seconds(lambda: source.sum(), device))
+
+
+def _bf16(device: torch.device, side: int) -> float:
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    return 2 * side**3 / seconds(lambda: left @ right, device)
 
 
 def _fp8(device: torch.device, side: int) -> float:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return 0.0
-    left = torch.randn(side, side, device=device).to(torch.float8_e4m3fn)
+    left, right = (torch.randn(side, side, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
-    call = lambda: torch._scaled_mm(left, left.t(), one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    call = lambda: torch._scaled_mm(left, right.t(), one, one, out_dtype=torch.bfloat16)  # noqa: E731
     return 2 * side**3 / seconds(call, device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class RandomCheckpoint(Checkpoint):
     """A checkpoint that has every tensor that it is asked for."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.path, self.files = Path("random"), []
+        self.path, self.files, self.scheme = Path("random"), [], None
         self.dtype, self.device = dtype, device
         self._chance = torch.Generator(device).manual_seed(0)
 
@@ -99,6 +99,10 @@ class RandomCheckpoint(Checkpoint):
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         made = torch.empty(shape, dtype=self.dtype, device=self.device)
         return made.normal_(0, _SPREAD, generator=self._chance)
+
+    def is_quantized(self, name: str) -> bool:
+        """Nothing is stored in a quantized form."""
+        return False
 
     def quantized(self, name: str, out: int, into: int) -> None:
         """Nothing is stored in a quantized form."""
@@ -139,13 +143,14 @@ def executor(
     *,
     quantization: str = "none",
     dtype: torch.dtype = torch.bfloat16,
-    **options: Any,
+    kv_dtype: torch.dtype | None = None,
+    ahead: bool = True,
 ) -> GpuExecutor:
-    """A warm executor over a random model of one of SHAPES."""
+    """A warm executor over a random model of one of SHAPES; `kv_dtype` None for `dtype`."""
     config = config_of(SHAPES[shape]())
     model = GpuLlama(config, RandomCheckpoint(dtype, device), quantization)
     geometry = KvGeometry.of(
-        "random", model.layers, model.kv_heads, model.head_dim, dtype, sizes.block_size
+        "random", model.layers, model.kv_heads, model.head_dim, kv_dtype or dtype, sizes.block_size
     )
     capacity = Capacity(
         blocks=sizes.blocks,
@@ -154,6 +159,14 @@ def executor(
         max_sequences=sizes.max_sequences,
         max_context=config.max_context,
     )
-    made = GpuExecutor(model, KvPool(geometry, sizes.blocks, device=device), capacity, **options)
+    pool = KvPool(geometry, sizes.blocks, device=device)
+    made = GpuExecutor(model, pool, capacity, ahead=ahead)
     made.warm_up()
     return made
+
+
+def give_back(device: torch.device) -> None:
+    """Let go of memory that nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
 from baton.types import Request, Sampling, Stopping
 from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.timing import idle_share
+from benchmarks.gpu.timing import Waiting, watched
 from engine.bench.work import ModelCount, Part
 from engine.gpu.executor import GpuExecutor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
+
+_SETTLING = 4  # steps until generation runs steadily
+_WATCHED = 16  # steps under torch's profiler, whose results take a while to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,10 @@ class Shape:
         """Tokens of the pass."""
         return sum(part.length for part in self.parts)
 
+    def positions(self, steps: int) -> int:
+        """What the longest sequence of a measurement comes to."""
+        return self.prompt + 1 if self.prompt else _first(self, steps) + _more(steps)
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
@@ -55,7 +62,7 @@ class Timed:
     seconds: float
     mbu: float
     mfu: float
-    idle: float | None  # share of the time in which the device waits; None where not looked at
+    waiting: Waiting | None  # None where not looked at
 
     @property
     def floor_share(self) -> float:
@@ -63,45 +70,70 @@ class Timed:
         return max(self.mbu, self.mfu)
 
 
+def fill(executor: GpuExecutor) -> None:
+    """Random keys and values in the whole pool, so that what generation reads is like real KV."""
+    pool = executor.pool
+    for layer in range(executor.model.layers):
+        for numbers in (pool.keys(layer), pool.values(layer)):
+            for block in torch.split(numbers, 1024):
+                block.copy_(torch.randn(block.shape, device=block.device).to(block.dtype))
+        for scale in pool.scales(layer) or ():
+            scale.fill_(0.01)
+
+
 def measure(
     executor: GpuExecutor, shape: Shape, count: ModelCount, ceilings: Ceilings, *, steps: int = 40
 ) -> Timed:
-    """Time one shape as a worker would run it, pass after pass."""
-    passes = _prompts(executor, shape) if shape.prompt else _generation(executor, shape, steps)
-    took = statistics.median(sorted(passes)[: max(1, steps)])
-    idle = None
+    """Time one shape as a worker would run it: so many steps of generation, or a sixth as many
+    passes over prompts."""
+    if shape.prompt:
+        took = median(_prompts(executor, shape, max(1, steps // 6)))
+    else:
+        took = median(_generation(executor, shape, steps))
+    found = None
     device = executor.pool.storage.device
     if not shape.prompt and device.type == "cuda":
-        idle = idle_share(lambda: list(_generation(executor, shape, steps)), device)
+        running = _generation(executor, shape, _WATCHED)
+        next(running)
+        found = watched(lambda: list(running), device)
     work = count.work(shape.parts)
     return Timed(
         shape,
         took,
         mbu=work.bytes / took / ceilings.read,
         mfu=work.operations / took / ceilings.bf16,
-        idle=idle,
+        waiting=found,
     )
+
+
+def _first(shape: Shape, steps: int) -> int:
+    """The context at which generation begins, so that its middle is the shape's."""
+    return max(1, shape.context - (_SETTLING + steps) // 2)
+
+
+def _more(steps: int) -> int:
+    return _SETTLING + steps + 2
 
 
 def _generation(executor: GpuExecutor, shape: Shape, steps: int) -> Iterator[float]:
     """Seconds of wall time from one step to the next, once it runs."""
-    first = max(1, shape.context - steps // 2)
-    sequences = [_sequence(executor, i, first, steps + 2) for i in range(shape.batch)]
+    first = _first(shape, steps)
+    sequences = [_sequence(executor, i, first, _more(steps)) for i in range(shape.batch)]
     ended = time.perf_counter()
-    for step in range(steps):
+    for step in range(_SETTLING + steps):
         chunks = tuple(Chunk(s, len(s.tokens) - 1, 1, sample=True) for s in sequences)
         result = executor.execute(StepPlan(chunks))
         for sequence, sampled in zip(sequences, result.sampled, strict=True):
             assert sampled is not None
             sequence.append(sampled.token_id)
         begun, ended = ended, time.perf_counter()
-        if step >= 3:
+        if step >= _SETTLING:
             yield ended - begun
 
 
-def _prompts(executor: GpuExecutor, shape: Shape, repeats: int = 7) -> Iterator[float]:
-    """Seconds of passes over fresh prompts."""
-    for turn in range(repeats):
+def _prompts(executor: GpuExecutor, shape: Shape, repeats: int) -> Iterator[float]:
+    """Seconds of passes over fresh prompts, the first of which warms up."""
+    for turn in range(repeats + 1):
         sequences = [_sequence(executor, i, shape.prompt, 1) for i in range(shape.batch)]
         chunks = tuple(Chunk(s, 0, shape.prompt, sample=True) for s in sequences)
         _settle(executor.pool.storage.device)

@@ -4,29 +4,68 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+_CACHE = 2**28  # bytes; more than any level-two cache holds
+_INSTANT = 1e-9  # seconds, where a difference of two times drowns in their noise
+# A device that has work queued starts the next kernel within two microseconds. Longer gaps mean
+# that the host has not brought it yet.
+_QUEUED = 3e-6
+
 
 def seconds(call: Callable[[], object], device: torch.device, *, repeats: int = 20) -> float:
-    """Median seconds of the device for one call. The level-two cache is written over before each
-    one, as a model's next layer would."""
+    """Median seconds of the device for one call, from cold caches. `call` must be one that a CUDA
+    graph can record.
+
+    Before each call another tensor is read, which fills the level-two cache with what nobody needs
+    and need not be written back. Calls and reads are replayed as a CUDA graph, so that the host's
+    launches cost nothing; what the same reads take alone is subtracted.
+    """
     for _ in range(3):
         call()
     if device.type != "cuda":
-        return statistics.median(_host_seconds(call) for _ in range(repeats))
-    flush = torch.empty(2**28, dtype=torch.uint8, device=device)
-    pairs = []
-    for _ in range(repeats):
-        flush.zero_()
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
+        return statistics.median(_host_seconds(call) for _ in range(min(repeats, 3)))
+    other = torch.ones(_CACHE // 4, dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
+
+    def flush() -> None:
+        torch.sum(other, dim=0, out=total)
+
+    def both() -> None:
+        flush()
         call()
+
+    flush()
+    with torch.inference_mode():
+        together, alone = (_replayed(each, device, repeats) for each in (both, flush))
+    return max(together - alone, _INSTANT)
+
+
+def _replayed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds of one call among `repeats` in a graph."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    graph.replay()
+    pairs = []
+    for _ in range(7):
+        begun, ended = (_event() for _ in range(2))
+        begun.record()
+        graph.replay()
         ended.record()
         pairs.append((begun, ended))
     torch.cuda.synchronize(device)
-    return statistics.median(begun.elapsed_time(ended) / 1e3 for begun, ended in pairs)
+    took: float = statistics.median(begun.elapsed_time(ended) / 1e3 for begun, ended in pairs)
+    return took / repeats
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
@@ -35,26 +74,43 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of (begin, end) spans."""
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Shares of a stretch of time in which the device ran no kernel and copied nothing."""
+
+    idle: float  # all of them, the steps from one kernel of a graph to the next among them
+    host: float  # those in which it waited for the host
+
+
+def covered(spans: Iterable[tuple[float, float]], *, joined: float = 0.0) -> float:
+    """Length of the union of (begin, end) spans, and of the gaps between them that are no longer
+    than `joined`."""
     total, until = 0.0, float("-inf")
     for begin, end in sorted(spans):
+        if begin - until <= joined:
+            begin = until
         total += max(0.0, end - max(begin, until))
         until = max(until, end)
     return total
 
 
-def idle_share(call: Callable[[], object], device: torch.device) -> float:
-    """Share of the time from the first kernel of `call` to the end of its last in which the device
-    runs none and copies nothing."""
+def waiting(spans: Sequence[tuple[float, float]]) -> Waiting:
+    """Of the spans in seconds in which the device worked, from the first to the last."""
+    whole = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    return Waiting(1 - covered(spans) / whole, 1 - covered(spans, joined=_QUEUED) / whole)
+
+
+def watched(call: Callable[[], object], device: torch.device) -> Waiting | None:
+    """How the device waited from the first kernel of `call` to the end of its last; None if torch's
+    profiler saw no kernel, as where the driver does not let it."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize(device)
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profile.events()
-        if event.device_type is torch.autograd.DeviceType.CUDA
+        (event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in profile.events() or ()
+        if event.device_type == cuda and not event.is_user_annotation
     ]
-    begun, ended = min(begin for begin, _ in spans), max(end for _, end in spans)
-    return 1 - covered(spans) / (ended - begun)
+    return waiting(spans) if spans else None

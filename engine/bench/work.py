@@ -27,8 +27,10 @@ _ITEM_BYTES = {
     "bfloat16": 2.0,
     "float16": 2.0,
     "int8": 1.0,
+    "float8_e4m3fn": 1.0,
     "int4": 0.5 + 1 / 32,  # a byte for each group
 }
+_KV_SCALE_BYTES = {"int8": 4.0, "float8_e4m3fn": 4.0}  # of each head's keys, and of its values
 
 
 class Part(NamedTuple):
@@ -66,6 +68,8 @@ class ModelCount:
     windows: tuple[int | None, ...]  # of each layer; None for full attention
     weights: str  # the format of matrices: float32, bfloat16, int8, or int4 with a head in int8
     kv: str  # the format of the KV cache
+    layer_bytes: float | None = None  # of the matrices of all layers with their scales, if known
+    head_bytes: float | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, weights: str, kv: str) -> ModelCount:
@@ -92,6 +96,11 @@ class ModelCount:
         """The same model with its matrices in another format."""
         return replace(self, weights=weights)
 
+    def measured(self, layer_bytes: float, head_bytes: float) -> ModelCount:
+        """The same model with its matrices as large as they are found to be: those of all layers,
+        scales among them, and the output head."""
+        return replace(self, layer_bytes=layer_bytes, head_bytes=head_bytes)
+
     @property
     def precision(self) -> Precision:
         """What its products are computed in."""
@@ -101,7 +110,7 @@ class ModelCount:
     def weight_bytes(self) -> float:
         """All matrices, the head among them; an embedding apart from the head is not, of which a
         pass reads a row per token."""
-        return self.layer_weights * _ITEM_BYTES[self.weights] + self._head_bytes
+        return self._layer_bytes + self._head_bytes
 
     @property
     def kv_bytes_per_position(self) -> float:
@@ -110,7 +119,7 @@ class ModelCount:
 
     def work(self, parts: Iterable[Part]) -> Work:
         """What a pass over these parts moves and computes."""
-        moved, operations, rows = self.layer_weights * _ITEM_BYTES[self.weights], 0.0, 0
+        moved, operations, rows = self._layer_bytes, 0.0, 0
         for part in parts:
             rows += part.rows
             operations += 2.0 * part.length * self.layer_weights
@@ -123,14 +132,23 @@ class ModelCount:
         return Work(moved, operations)
 
     @property
+    def _layer_bytes(self) -> float:
+        if self.layer_bytes is not None:
+            return self.layer_bytes
+        return self.layer_weights * _ITEM_BYTES[self.weights]
+
+    @property
     def _head_bytes(self) -> float:
+        if self.head_bytes is not None:
+            return self.head_bytes
         head = "int8" if self.weights == "int4" else self.weights
         return self.head_weights * _ITEM_BYTES[head]
 
     @property
     def _kv_row(self) -> float:
         """Keys and values of one position in one layer."""
-        return 2 * self.kv_heads * self.head_dim * _ITEM_BYTES[self.kv]
+        head = self.head_dim * _ITEM_BYTES[self.kv] + _KV_SCALE_BYTES.get(self.kv, 0.0)
+        return 2 * self.kv_heads * head
 
     def _positions(self, part: Part) -> int:
         """Positions whose KV is read or written, summed over layers: the context that the first

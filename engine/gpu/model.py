@@ -84,6 +84,16 @@ class GpuLlama:
         """Of the model's positions."""
         return self._rotations
 
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of the matrices of all layers, with their scales: what every pass reads."""
+        return sum(layer.weight_bytes for layer in self._layers)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the output head."""
+        return self._head.nbytes
+
     def forward(self, batch: Batch, cache: KvCache) -> Output:
         """One pass."""
         return Output.of(self.logits(self.inputs(batch), batch.logit_rows, cache), batch)
@@ -158,6 +168,12 @@ class Layer:
         self._down = product(
             (f"{prefix}.mlp.down_proj",), (shape.hidden,), shape.intermediate, shape.mlp_bias
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its products' weights and scales."""
+        products = (self._qkv, self._output, self._gate_up, self._down)
+        return sum(product.weight_bytes for product in products)
 
     def attend(self, x: Tensor, inputs: Inputs, cache: KvCache) -> Tensor:
         """Attention and its output projection: x [T, hidden], normalized already."""

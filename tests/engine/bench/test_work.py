@@ -94,3 +94,18 @@ def test_the_matrices_of_a_model_are_all_counted(name: str, tiny: Callable[..., 
 def test_a_model_whose_shape_is_not_known_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(ModelError):
         ModelCount.at(tiny("opt").path, "float32", "float32")
+
+
+def test_weights_count_as_large_as_they_are_found_to_be() -> None:
+    known = SMALL.measured(layer_bytes=1234, head_bytes=567)
+    parts = [Part(9, 1)]
+    assert SMALL.work(parts).bytes - known.work(parts).bytes == 2 * (960 + 800) - 1234 - 567
+    assert known.work(parts).operations == SMALL.work(parts).operations
+    assert known.weight_bytes == 1234 + 567
+
+
+@pytest.mark.parametrize("kv", ["int8", "float8_e4m3fn"])
+def test_kv_of_eight_bits_counts_with_a_scale_for_each_head(kv: str) -> None:
+    eight = replace(SMALL, kv=kv)
+    assert SMALL.kv_bytes_per_position == 2 * (2 * 1 * 2) * 2
+    assert eight.kv_bytes_per_position == 2 * (2 * 1) * (2 + 4)

@@ -1,0 +1,205 @@
+"""The parts of the benchmark: each measures, prints a table and returns records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu import attention, ceilings, kernels, passes, serving
+from benchmarks.gpu.kernels import LLAMA_8B, TINY, Case
+from benchmarks.gpu.models import SHAPES, Sizes, config_of, executor
+from benchmarks.gpu.passes import Shape, Timed
+from benchmarks.gpu.records import Record, Source
+from engine.bench.work import ModelCount
+from engine.gpu.model import GpuLlama
+
+PARTS = ("kernels", "attention", "passes", "serving")
+KV = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_GENERATION = ((1, 128), (1, 8000), (8, 2048), (64, 2048))  # batch, context
+_PROMPTS = ((1, 512), (1, 2048), (8, 1024), (2, 4096))  # sequences, tokens
+_BLOCK = 16
+_SPARE = 2**31  # bytes of the device that stay free beside a pool
+
+
+class Bench:
+    """One device and one day. On a CPU all is in float32, for which the interpreter is right."""
+
+    def __init__(
+        self, console: Console, device: torch.device, source: Source, *, quick: bool = False
+    ) -> None:
+        self._console, self._device, self._source, self._quick = console, device, source, quick
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._limits = ceilings.Ceilings(0.0, 0.0, 0.0)
+
+    def ceilings(self) -> list[Record]:
+        """What the rest is compared with: first."""
+        small = {"size": 2**20, "side": 64} if self._quick else {}
+        limits = self._limits = ceilings.measure(self._device, **small)
+        self._console.print(
+            f"{self._source.device}: {limits.read / 1e9:.0f} GB/s, "
+            f"{limits.bf16 / 1e12:.1f} TFLOP/s in bfloat16, {limits.fp8 / 1e12:.1f} in fp8"
+        )
+        values = {
+            "bytes per second": limits.read,
+            "bfloat16 operations per second": limits.bf16,
+            "fp8 operations per second": limits.fp8,
+        }
+        return self._source.records("ceilings", "ceilings", values)
+
+    def kernels(self) -> list[Record]:
+        """All but attention, at the widths of Llama-3-8B."""
+        table = Table("kernel", "tokens", "us", "share of the floor")
+        records: list[Record] = []
+        for case in self._cases():
+            one = kernels.Timed.of(case, self._limits, self._device)
+            table.add_row(one.name, f"{one.tokens}", f"{one.seconds * 1e6:.1f}", f"{one.share:.2f}")
+            values = {"seconds": one.seconds, "share": one.share}
+            records += self._source.records("kernels", f"{one.name} x {one.tokens}", values)
+        self._console.print(table)
+        return records
+
+    def _cases(self) -> Iterator[Case]:
+        device, widths = self._device, TINY if self._quick else LLAMA_8B
+        for tokens in (16,) if self._quick else kernels.ROWS:
+            yield from kernels.rows(device, tokens, widths)
+            yield from kernels.blocks(device, tokens, widths)
+        yield from kernels.choices(device, 2 if self._quick else 64, widths)
+        for tokens in (1, 4) if self._quick else kernels.PRODUCTS:
+            yield from kernels.products(device, tokens, self._dtype, widths)
+
+    def attention(self) -> list[Record]:
+        """One layer's, over KV in every format."""
+        records: list[Record] = []
+        table = Table("attention", "KV", "us", "of bandwidth", "of torch's product")
+        for form, dtype in attention.KV.items():
+            if self._quick:
+                tiny = attention.Shape(2, 1, 16)
+                chunks = {"decode, 2 x 24": [(23, 1)] * 2, "prompt, 20": [(0, 20)]}
+                found = [
+                    attention.case(name, tiny, each, dtype, self._device)
+                    for name, each in chunks.items()
+                ]
+            else:
+                found = attention.cases(attention.SHAPES["llama-3-8b"], dtype, self._device)
+            for one in attention.measure(found, self._limits, self._device):
+                table.add_row(
+                    one.name,
+                    form,
+                    f"{one.seconds * 1e6:.1f}",
+                    f"{one.of_bandwidth:.2f}",
+                    f"{one.of_product:.2f}",
+                )
+                values = {
+                    "seconds": one.seconds,
+                    "of bandwidth": one.of_bandwidth,
+                    "of product": one.of_product,
+                }
+                records += self._source.records("attention", one.name, values, form=form)
+        self._console.print(table)
+        return records
+
+    def passes(self, shape: str, form: str, kv: str) -> list[Record]:
+        """Whole passes of a model with its weights in `form`."""
+        steps = 3 if self._quick else 40
+        kv_dtype = KV[kv] or self._dtype
+        config = config_of(SHAPES[shape]())
+        formats = (str(self._dtype), str(kv_dtype))
+        count = ModelCount.of(config, *(each.removeprefix("torch.") for each in formats))
+        wanted = self._wanted(config.max_context, steps, count)
+        made = executor(
+            shape,
+            self._device,
+            _sizes(wanted, steps),
+            quantization=form,
+            dtype=self._dtype,
+            kv_dtype=kv_dtype,
+        )
+        try:
+            passes.fill(made)
+            assert isinstance(made.model, GpuLlama)
+            count = count.measured(made.model.layer_bytes, made.model.head_bytes)
+            named = form if kv == "auto" else f"{form}, KV {kv}"
+            table = Table(
+                f"{shape}, {named}", "ms", "MBU", "MFU", "of the floor", "idle", "waits for host"
+            )
+            records: list[Record] = []
+            for one in wanted:
+                took = passes.measure(made, one, count, self._limits, steps=steps)
+                table.add_row(*_row(took))
+                records += self._source.records(
+                    "passes", one.name, _values(took), shape=shape, form=named
+                )
+        finally:
+            made.close()
+        self._console.print(table)
+        return records
+
+    def _wanted(self, positions: int, steps: int, count: ModelCount) -> list[Shape]:
+        """The passes that the model and the device have room for."""
+        if self._quick:
+            return [Shape(2, 24), Shape(2, prompt=16)]
+        wanted = [Shape(batch, context) for batch, context in _GENERATION]
+        wanted += [Shape(batch, prompt=prompt) for batch, prompt in _PROMPTS]
+        room = float("inf")
+        if self._device.type == "cuda":
+            room = torch.cuda.mem_get_info(self._device)[0] - count.weight_bytes - _SPARE
+        fitting = []
+        for one in wanted:
+            blocks = one.batch * -(-one.positions(steps) // _BLOCK)
+            if one.positions(steps) > positions:
+                continue
+            if blocks * _BLOCK * count.kv_bytes_per_position > room:
+                self._console.print(f"{one.name}: left out, its KV does not fit the device")
+                continue
+            fitting.append(one)
+        return fitting
+
+    def serving(self, shape: str, rounds: int) -> list[Record]:
+        """Beside transformers."""
+        load = serving.Load(3, 8, 4, 32) if self._quick else serving.Load()
+
+        def say(line: str) -> None:
+            self._console.print(line, markup=False, highlight=False)
+
+        found = serving.compare(shape, load, self._device, self._dtype, rounds, say)
+        rates = {
+            "baton output tokens/s": median(found.baton),
+            "transformers output tokens/s": median(found.transformers),
+            "ratio": found.ratio,
+        }
+        self._console.print(
+            f"{shape}, {load.name}: {rates['baton output tokens/s']:.0f} output tokens/s, "
+            f"transformers ({found.setting}) {rates['transformers output tokens/s']:.0f}, "
+            f"ratio {found.ratio:.2f}"
+        )
+        return self._source.records("serving", load.name, rates, shape=shape)
+
+
+def _sizes(wanted: list[Shape], steps: int) -> Sizes:
+    blocks = max(one.batch * -(-one.positions(steps) // _BLOCK) for one in wanted)
+    most = max(one.tokens for one in wanted)
+    return Sizes(blocks, most, max(one.batch for one in wanted), _BLOCK)
+
+
+def _row(took: Timed) -> list[str]:
+    waits = took.waiting
+    return [
+        took.shape.name,
+        f"{took.seconds * 1e3:.2f}",
+        f"{took.mbu:.2f}",
+        f"{took.mfu:.2f}",
+        f"{took.floor_share:.2f}",
+        "" if waits is None else f"{waits.idle:.1%}",
+        "" if waits is None else f"{waits.host:.1%}",
+    ]
+
+
+def _values(took: Timed) -> dict[str, float]:
+    values = {"seconds": took.seconds, "mbu": took.mbu, "mfu": took.mfu}
+    if took.waiting is not None:
+        values |= {"idle": took.waiting.idle, "host wait": took.waiting.host}
+    return values
