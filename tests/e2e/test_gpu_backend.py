@@ -1,0 +1,58 @@
+"""Workers whose pass is Triton's kernels, through gRPC: in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from tests.e2e.conftest import name_every_token
+from tests.engine.conftest import TinyModel, save_model
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """One layer, and few heads: the interpreter is slow."""
+    config = LlamaConfig(
+        vocab_size=199,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = save_model(config, tmp_path_factory.mktemp("small"))
+    name_every_token(Path(model.path))
+    return model
+
+
+async def test_kv_is_handed_over_through_host_memory_and_generation_goes_on(
+    run_stack: Run,
+    small: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("engine.host_blocks._on_host", lambda pool: False)  # as on a GPU
+    settings = {"dtype": "float32", "attention_backend": "triton", "block_size": 4}
+    batch = {"max_batch_tokens": 16, "max_batch_sequences": 2, "kv_blocks": 64}
+    prompts = [[5, 9, 70, 33, 12, 60, 8, 101, 44], [7, 19, 23, 150]]
+    async with run_stack(small.path, **settings, **batch) as stack, stack.client() as client:
+        answers = await asyncio.gather(
+            *(client.generate_unary(prompt, max_tokens=6, ignore_eos=True) for prompt in prompts)
+        )
+        (decode,) = stack.decode
+        assert decode.worker.load().recomputed == 0
+        await stack.quiet()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        small.assert_generates(prompt, answer.outputs[0].token_ids)
