@@ -70,9 +70,8 @@ class GpuExecutor(TorchExecutor):
         swap_bandwidth: float = 0.0,
         ahead: bool = True,
     ) -> None:
-        """`ahead`: compute what is likely before it is asked for; nothing is for a prefill worker,
-        whose sequences do not go on. `swap_bandwidth`: most bytes per
-        second each way, 0 for no limit."""
+        """`ahead`: compute what is likely before it is asked for; not for a prefill worker, whose
+        sequences do not go on. `swap_bandwidth`: most bytes per second each way, 0 for no limit."""
         super().__init__(
             model,
             pool,
