@@ -94,6 +94,12 @@ BARS = (
         _pass("generation ", "host wait", ("none", "int8", "int4", "fp8")),
         most=True,
     ),
+    Bar(
+        "what the device alone does not need, share of decode steps",
+        0.05,
+        _pass("generation ", "gap", ("none", "int8", "int4", "fp8")),
+        most=True,
+    ),
     Bar("int4 over bfloat16, batch 1", 2.2, _pass("generation 1 x ", _INT4, ("int4",))),
     Bar("over transformers, output tokens/s", 2.0, _of("serving", "ratio", "")),
     Bar("decode attention, share of copy bandwidth", 0.8, _decode_8k),

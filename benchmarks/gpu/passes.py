@@ -62,7 +62,8 @@ class Timed:
     seconds: float
     mbu: float
     mfu: float
-    waiting: Waiting | None  # None where not looked at
+    gap: float | None  # share of a step of generation that the device alone does not need
+    waiting: Waiting | None  # by torch's profiler; None where not looked at
 
     @property
     def floor_share(self) -> float:
@@ -90,8 +91,10 @@ def measure(
         took = median(_prompts(executor, shape, max(1, steps // 6)))
     else:
         took = median(_generation(executor, shape, steps))
-    found = None
+    gap = found = None
     device = executor.pool.storage.device
+    if not shape.prompt:
+        gap = max(0.0, 1 - _chained(executor, shape, steps) / took)
     if not shape.prompt and device.type == "cuda":
         running = _generation(executor, shape, _WATCHED)
         next(running)
@@ -102,6 +105,7 @@ def measure(
         took,
         mbu=work.bytes / took / ceilings.read,
         mfu=work.operations / took / ceilings.bf16,
+        gap=gap,
         waiting=found,
     )
 
@@ -129,6 +133,25 @@ def _generation(executor: GpuExecutor, shape: Shape, steps: int) -> Iterator[flo
         begun, ended = ended, time.perf_counter()
         if step >= _SETTLING:
             yield ended - begun
+
+
+def _chained(executor: GpuExecutor, shape: Shape, steps: int) -> float:
+    """Seconds of a step if passes are queued one behind the other, and the host looks at no token
+    until the end."""
+    first, rows = _first(shape, steps), list(range(shape.batch))
+    sequences = [_sequence(executor, i, first, _more(steps)) for i in rows]
+    launcher, device = executor._launcher, executor.pool.storage.device
+    with torch.inference_mode():
+        launched = launcher.chunks([Chunk(s, first - 1, 1, sample=True) for s in sequences])
+        for step in range(_SETTLING + steps):
+            if step == _SETTLING:
+                _settle(device)
+                begun = time.perf_counter()
+            assert launched.tokens is not None
+            positions = [first + step] * shape.batch
+            launched = launcher.go_on(sequences, positions, launched.tokens, rows)
+        launched.sampled()
+    return (time.perf_counter() - begun) / steps
 
 
 def _prompts(executor: GpuExecutor, shape: Shape, repeats: int) -> Iterator[float]:

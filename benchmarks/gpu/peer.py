@@ -31,16 +31,20 @@ class Setting:
 
 
 _GRAPHS = {
+    "max_batch_tokens": 2048,
     "use_cuda_graph": True,
     "use_async_batching": True,
     "q_padding_interval_size": 64,
     "kv_padding_interval_size": 4096,
 }
-# With flash attention graphs, running ahead and the fast path for decoding are its defaults.
+# With flash attention graphs, running ahead and the fast path for decoding are its defaults. With
+# SDPA it computes what requests would see of each other, and masks it: which size of a pass is best
+# depends on that.
 SETTINGS = (
-    Setting("flash 3", "flash_attention_3"),
-    Setting("flash 2", "flash_attention_2"),
-    Setting("sdpa", "sdpa"),
+    Setting("flash 3", "flash_attention_3", {"max_batch_tokens": 8192}),
+    Setting("flash 2", "flash_attention_2", {"max_batch_tokens": 8192}),
+    Setting("sdpa", "sdpa", {"max_batch_tokens": 2048}),
+    Setting("sdpa, passes of 8192", "sdpa", {"max_batch_tokens": 8192}),
     Setting("sdpa, CUDA graphs", "sdpa", _GRAPHS),
 )
 
@@ -48,7 +52,7 @@ SETTINGS = (
 def available(device: torch.device) -> list[Setting]:
     """The settings that this installation can try."""
     if device.type != "cuda":
-        return [setting for setting in SETTINGS if setting.name == "sdpa"]
+        return [Setting("sdpa", "sdpa", {"max_batch_tokens": 64})]
     from transformers.utils.import_utils import (
         is_flash_attn_2_available,
         is_flash_attn_3_available,

@@ -70,7 +70,7 @@ def _bars(records: list[Record]) -> str:
 
 def _sections(records: list[Record]) -> Iterable[str]:
     for section, title, metrics in (
-        ("passes", "Passes", ("seconds", "mbu", "mfu", "idle", "host wait")),
+        ("passes", "Passes", ("seconds", "mbu", "mfu", "gap", "idle", "host wait")),
         (
             "serving",
             "Beside transformers",
@@ -103,7 +103,7 @@ def _cell(metric: str, value: float | None) -> str:
         return f"{value * 1e3:.3f}"
     if metric.endswith("tokens/s"):
         return f"{value:.0f}"
-    return f"{value:.1%}" if metric in ("idle", "host wait") else f"{value:.2f}"
+    return f"{value:.1%}" if metric in ("gap", "idle", "host wait") else f"{value:.2f}"
 
 
 def _table(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

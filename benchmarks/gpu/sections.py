@@ -123,9 +123,8 @@ class Bench:
             assert isinstance(made.model, GpuLlama)
             count = count.measured(made.model.layer_bytes, made.model.head_bytes)
             named = form if kv == "auto" else f"{form}, KV {kv}"
-            table = Table(
-                f"{shape}, {named}", "ms", "MBU", "MFU", "of the floor", "idle", "waits for host"
-            )
+            heads = ("ms", "MBU", "MFU", "of the floor", "gap", "idle", "waits for host")
+            table = Table(f"{shape}, {named}", *heads)
             records: list[Record] = []
             for one in wanted:
                 took = passes.measure(made, one, count, self._limits, steps=steps)
@@ -160,7 +159,7 @@ class Bench:
 
     def serving(self, shape: str, rounds: int) -> list[Record]:
         """Beside transformers."""
-        load = serving.Load(3, 8, 4, 32) if self._quick else serving.Load()
+        load = serving.Load(2, 6, 3, 32) if self._quick else serving.Load()
 
         def say(line: str) -> None:
             self._console.print(line, markup=False, highlight=False)
@@ -193,6 +192,7 @@ def _row(took: Timed) -> list[str]:
         f"{took.mbu:.2f}",
         f"{took.mfu:.2f}",
         f"{took.floor_share:.2f}",
+        "" if took.gap is None else f"{took.gap:.1%}",
         "" if waits is None else f"{waits.idle:.1%}",
         "" if waits is None else f"{waits.host:.1%}",
     ]
@@ -200,6 +200,8 @@ def _row(took: Timed) -> list[str]:
 
 def _values(took: Timed) -> dict[str, float]:
     values = {"seconds": took.seconds, "mbu": took.mbu, "mfu": took.mfu}
+    if took.gap is not None:
+        values["gap"] = took.gap
     if took.waiting is not None:
         values |= {"idle": took.waiting.idle, "host wait": took.waiting.host}
     return values

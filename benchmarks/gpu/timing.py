@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,24 +26,42 @@ def seconds(call: Callable[[], object], device: torch.device, *, repeats: int = 
     and need not be written back. Calls and reads are replayed as a CUDA graph, so that the host's
     launches cost nothing; what the same reads take alone is subtracted.
     """
-    for _ in range(3):
-        call()
+    call()
     if device.type != "cuda":
-        return statistics.median(_host_seconds(call) for _ in range(min(repeats, 3)))
-    other = torch.ones(_CACHE // 4, dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
-
-    def flush() -> None:
-        torch.sum(other, dim=0, out=total)
+        return min(_host_seconds(call) for _ in range(2))
+    flush = _Flush.of(device)
 
     def both() -> None:
         flush()
         call()
 
-    flush()
-    with torch.inference_mode():
-        together, alone = (_replayed(each, device, repeats) for each in (both, flush))
-    return max(together - alone, _INSTANT)
+    return max(_replayed(both, device, repeats) - flush.seconds(repeats), _INSTANT)
+
+
+class _Flush:
+    """Reads so much that nothing else is left in the level-two cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._other = torch.ones(_CACHE // 4, dtype=torch.float32, device=device)
+        self._total = torch.empty((), dtype=torch.float32, device=device)
+        self._seconds: dict[int, float] = {}
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> _Flush:
+        """That of a device."""
+        return cls(device)
+
+    def __call__(self) -> None:
+        torch.sum(self._other, dim=0, out=self._total)
+
+    def seconds(self, repeats: int) -> float:
+        """What it takes alone, measured once."""
+        if repeats not in self._seconds:
+            self()
+            self._seconds[repeats] = _replayed(self, self._device, repeats)
+        return self._seconds[repeats]
 
 
 def _replayed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -103,6 +123,9 @@ def waiting(spans: Sequence[tuple[float, float]]) -> Waiting:
 def watched(call: Callable[[], object], device: torch.device) -> Waiting | None:
     """How the device waited from the first kernel of `call` to the end of its last; None if torch's
     profiler saw no kernel, as where the driver does not let it."""
+    # Without these, CUPTI may stop seeing into graphs when a profile ends and another begins.
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()

@@ -41,7 +41,7 @@ def test_a_page_has_the_tables_of_every_device() -> None:
     filled = report.fill(PAGE, records, "gpu.png")
     assert "### NVIDIA H200\n\n2026-11-21, torch 2.13.0." in filled
     assert "### NVIDIA A100\n\n2026-11-22, torch 2.12.0." in filled
-    assert "| llama-3-8b, bfloat16, generation 1 x 128 | 6.000 | 0.80 | 0.01 |  |  |" in filled
+    assert "| llama-3-8b, bfloat16, generation 1 x 128 | 6.000 | 0.80 | 0.01 |  |  |  |" in filled
     assert (
         "| int4 over bfloat16, batch 1 | llama-3-8b, int4, generation 1 x 128 | 2.000 |" in filled
     )
