@@ -28,7 +28,7 @@ from benchmarks.gpu import problems, tune
 from benchmarks.gpu import report as reports
 from benchmarks.gpu.bars import judged
 from benchmarks.gpu.models import SHAPES, give_back
-from benchmarks.gpu.records import Record, Source, save
+from benchmarks.gpu.records import Source, save
 from benchmarks.gpu.sections import KV, PARTS, Bench
 from benchmarks.gpu.timing import seconds
 
@@ -99,25 +99,24 @@ def _bench(
 ) -> None:
     console, source = Console(width=100), Source.here(device)
     begun = time.monotonic()
-    found: list[Record] = []
+    bench = Bench(console, device, source, quick=quick)
     troubles: list[str] = []
 
-    def section(name: str, run: Callable[[], list[Record]]) -> None:
+    def section(name: str, run: Callable[[], None]) -> None:
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             troubles.append(f"{name}: left out, {minutes:g} minutes are over")
             return
         try:
-            found.extend(run())
+            run()
         except Exception as error:
             console.print(traceback.format_exc(), markup=False, highlight=False)
             troubles.append(f"{name}: {type(error).__name__}: {error}")
         give_back(device)
         if out is not None:
-            save(out / source.file, found)
+            save(out / source.file, bench.records)
         console.print(f"[dim]{name}: done after {time.monotonic() - begun:.0f} s in all[/dim]")
 
-    bench = Bench(console, device, source, quick=quick)
-    found += bench.ceilings()
+    bench.ceilings()
     if "kernels" in only:
         section("kernels", bench.kernels)
     if "attention" in only:
@@ -128,7 +127,7 @@ def _bench(
                 section(f"{shape}, {quantization}", _passes(bench, shape, quantization, kv))
         if "serving" in only:
             section(f"{shape}, serving", _serving(bench, shape, rounds))
-    for verdict in judged(found) if device.type == "cuda" else ():
+    for verdict in judged(bench.records) if device.type == "cuda" else ():
         console.print(verdict.text, markup=False, highlight=False, soft_wrap=True)
     for trouble in troubles:
         console.print(f"TROUBLE  {trouble}", markup=False, highlight=False, soft_wrap=True)
@@ -136,11 +135,11 @@ def _bench(
         raise SystemExit(1)
 
 
-def _passes(bench: Bench, shape: str, form: str, kv: str) -> Callable[[], list[Record]]:
+def _passes(bench: Bench, shape: str, form: str, kv: str) -> Callable[[], None]:
     return lambda: bench.passes(shape, form, kv)
 
 
-def _serving(bench: Bench, shape: str, rounds: int) -> Callable[[], list[Record]]:
+def _serving(bench: Bench, shape: str, rounds: int) -> Callable[[], None]:
     return lambda: bench.serving(shape, rounds)
 
 

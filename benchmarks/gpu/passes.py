@@ -149,7 +149,7 @@ def _chained(executor: GpuExecutor, shape: Shape, steps: int) -> float:
                 begun = time.perf_counter()
             assert launched.tokens is not None
             positions = [first + step] * shape.batch
-            launched = launcher.go_on(sequences, positions, launched.tokens, rows)
+            launched, _ = launcher.go_on(sequences, positions, launched.tokens, rows)
         launched.sampled()
     return (time.perf_counter() - begun) / steps
 

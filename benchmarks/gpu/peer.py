@@ -19,6 +19,7 @@ from benchmarks.gpu.work import Job
 
 _PAGE = 256  # tokens of a block of its cache, by default
 _STUCK = 300  # seconds without an answer
+_TRYING = 180  # seconds; no further setting is tried after that
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,11 @@ class Transformers:
         """Run the jobs with each of the settings, start the fastest, and return it. Raises
         RuntimeError if none works."""
         rates: dict[Setting, float] = {}
+        begun = time.monotonic()
         for setting in settings:
+            if rates and time.monotonic() - begun > _TRYING:
+                say(f"transformers, {setting.name}: left out, for time")
+                continue
             try:
                 self.start(setting, work)
                 rates[setting] = self.run(work)

@@ -1,4 +1,4 @@
-"""The parts of the benchmark: each measures, prints a table and returns records."""
+"""The parts of the benchmark: each measures, prints a table and keeps records."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Bench:
         self, console: Console, device: torch.device, source: Source, *, quick: bool = False
     ) -> None:
         self._console, self._device, self._source, self._quick = console, device, source, quick
+        self.records: list[Record] = []  # what has been measured, if a part fails, too
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._limits = ceilings.Ceilings(0.0, 0.0, 0.0)
 
-    def ceilings(self) -> list[Record]:
+    def ceilings(self) -> None:
         """What the rest is compared with: first."""
         small = {"size": 2**20, "side": 64} if self._quick else {}
         limits = self._limits = ceilings.measure(self._device, **small)
@@ -48,19 +49,17 @@ class Bench:
             "bfloat16 operations per second": limits.bf16,
             "fp8 operations per second": limits.fp8,
         }
-        return self._source.records("ceilings", "ceilings", values)
+        self.records += self._source.records("ceilings", "ceilings", values)
 
-    def kernels(self) -> list[Record]:
+    def kernels(self) -> None:
         """All but attention, at the widths of Llama-3-8B."""
         table = Table("kernel", "tokens", "us", "share of the floor")
-        records: list[Record] = []
         for case in self._cases():
             one = kernels.Timed.of(case, self._limits, self._device)
             table.add_row(one.name, f"{one.tokens}", f"{one.seconds * 1e6:.1f}", f"{one.share:.2f}")
             values = {"seconds": one.seconds, "share": one.share}
-            records += self._source.records("kernels", f"{one.name} x {one.tokens}", values)
+            self.records += self._source.records("kernels", f"{one.name} x {one.tokens}", values)
         self._console.print(table)
-        return records
 
     def _cases(self) -> Iterator[Case]:
         device, widths = self._device, TINY if self._quick else LLAMA_8B
@@ -71,9 +70,8 @@ class Bench:
         for tokens in (1, 4) if self._quick else kernels.PRODUCTS:
             yield from kernels.products(device, tokens, self._dtype, widths)
 
-    def attention(self) -> list[Record]:
+    def attention(self) -> None:
         """One layer's, over KV in every format."""
-        records: list[Record] = []
         table = Table("attention", "KV", "us", "of bandwidth", "of torch's product")
         for form, dtype in attention.KV.items():
             if self._quick:
@@ -98,11 +96,10 @@ class Bench:
                     "of bandwidth": one.of_bandwidth,
                     "of product": one.of_product,
                 }
-                records += self._source.records("attention", one.name, values, form=form)
+                self.records += self._source.records("attention", one.name, values, form=form)
         self._console.print(table)
-        return records
 
-    def passes(self, shape: str, form: str, kv: str) -> list[Record]:
+    def passes(self, shape: str, form: str, kv: str) -> None:
         """Whole passes of a model with its weights in `form`."""
         steps = 3 if self._quick else 40
         kv_dtype = KV[kv] or self._dtype
@@ -118,24 +115,22 @@ class Bench:
             dtype=self._dtype,
             kv_dtype=kv_dtype,
         )
+        named = form if kv == "auto" else f"{form}, KV {kv}"
+        heads = ("ms", "MBU", "MFU", "of the floor", "gap", "idle", "waits for host")
+        table = Table(f"{shape}, {named}", *heads)
         try:
             passes.fill(made)
             assert isinstance(made.model, GpuLlama)
             count = count.measured(made.model.layer_bytes, made.model.head_bytes)
-            named = form if kv == "auto" else f"{form}, KV {kv}"
-            heads = ("ms", "MBU", "MFU", "of the floor", "gap", "idle", "waits for host")
-            table = Table(f"{shape}, {named}", *heads)
-            records: list[Record] = []
             for one in wanted:
                 took = passes.measure(made, one, count, self._limits, steps=steps)
                 table.add_row(*_row(took))
-                records += self._source.records(
+                self.records += self._source.records(
                     "passes", one.name, _values(took), shape=shape, form=named
                 )
         finally:
+            self._console.print(table)
             made.close()
-        self._console.print(table)
-        return records
 
     def _wanted(self, positions: int, steps: int, count: ModelCount) -> list[Shape]:
         """The passes that the model and the device have room for."""
@@ -157,7 +152,7 @@ class Bench:
             fitting.append(one)
         return fitting
 
-    def serving(self, shape: str, rounds: int) -> list[Record]:
+    def serving(self, shape: str, rounds: int) -> None:
         """Beside transformers."""
         load = serving.Load(2, 6, 3, 32) if self._quick else serving.Load()
 
@@ -175,7 +170,7 @@ class Bench:
             f"transformers ({found.setting}) {rates['transformers output tokens/s']:.0f}, "
             f"ratio {found.ratio:.2f}"
         )
-        return self._source.records("serving", load.name, rates, shape=shape)
+        self.records += self._source.records("serving", load.name, rates, shape=shape)
 
 
 def _sizes(wanted: list[Shape], steps: int) -> Sizes:

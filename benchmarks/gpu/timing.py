@@ -122,18 +122,22 @@ def waiting(spans: Sequence[tuple[float, float]]) -> Waiting:
 
 def watched(call: Callable[[], object], device: torch.device) -> Waiting | None:
     """How the device waited from the first kernel of `call` to the end of its last; None if torch's
-    profiler saw no kernel, as where the driver does not let it."""
+    profiler does not work there, or saw no kernel."""
     # Without these, CUPTI may stop seeing into graphs when a profile ends and another begins.
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize(device)
+    try:
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize(device)
+        events = profile.events() or ()
+    except RuntimeError:
+        return None
     cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     spans = [
         (event.time_range.start / 1e6, event.time_range.end / 1e6)
-        for event in profile.events() or ()
+        for event in events
         if event.device_type == cuda and not event.is_user_annotation
     ]
     return waiting(spans) if spans else None
