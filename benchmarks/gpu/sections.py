@@ -135,7 +135,7 @@ class Bench:
     def _wanted(self, positions: int, steps: int, count: ModelCount) -> list[Shape]:
         """The passes that the model and the device have room for."""
         if self._quick:
-            return [Shape(2, 24), Shape(2, prompt=16)]
+            return [Shape(2, 12), Shape(2, prompt=8)]
         wanted = [Shape(batch, context) for batch, context in _GENERATION]
         wanted += [Shape(batch, prompt=prompt) for batch, prompt in _PROMPTS]
         room = float("inf")
