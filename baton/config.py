@@ -172,10 +172,10 @@ class WorkerConfig(SchedulingConfig):
         description="number format of weights and KV; auto is the model's own, or what runs it "
         "fast where that is slow",
     )
-    quantization: Literal["none", "int8", "int4"] = Field(
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
         "none",
-        description="int8 and int4 pack weights at load, int4 in groups of 32 with scales of their "
-        "own; on a CPU, by the compiled backend",
+        description="what weights become at load: int8; int4, in groups of 32 inputs on a CPU and "
+        "of 128 on a GPU; fp8 (e4m3), on a GPU; on a CPU they need the compiled backend",
     )
     kv_dtype: Literal["auto", "int8", "fp8"] = Field(
         "auto",
@@ -283,8 +283,8 @@ class ServeConfig(ProcessConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of weights and KV"
     )
-    quantization: Literal["none", "int8", "int4"] = Field(
-        "none", description="int8 and int4 pack weights so at load"
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
+        "none", description="what weights become at load; fp8 on GPUs"
     )
     kv_dtype: Literal["auto", "int8", "fp8"] = Field(
         "auto", description="number format of KV: that of dtype, or int8 or fp8"

@@ -53,11 +53,11 @@ def build_model(config: ModelConfig, options: ModelOptions) -> Built:
     """
     if options.ranks > 1:
         return _build_parallel(config, options)
+    if _fuses(config, options):
+        return _build_fused(config, options)
     library = select_library(config, options)
     if library is not None:
         return _build_compiled(config, options, library)
-    if _fuses(config, options):
-        return _build_fused(config, options)
     return _build_torch(config, options)
 
 

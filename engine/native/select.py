@@ -66,6 +66,8 @@ def _hindrance(config: ModelConfig, options: ModelOptions) -> str:
         return "not built here"
     if options.dtype == "float16":
         return "--dtype float16"
+    if options.quantization not in QUANTIZATIONS:
+        return f"it has no {options.quantization} weights"
     if options.kv_dtype == "fp8":
         return "--kv-dtype fp8"
     if config.architecture not in FAMILY:

@@ -64,6 +64,15 @@ def test_a_batch_that_goes_on_is_begun_before_it_is_planned(small: Any, on_gpu: 
     assert driver.executor.wasted == 0
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_weights_are_quantized_at_load(quantization: str, small: Any, on_gpu: Make) -> None:
+    driver = on_gpu(small.path, quantization=quantization)
+    sequence = driver.add(prompt(5), 2)
+    driver.run()
+    assert driver.executor.weight_dtype == quantization
+    assert len(sequence.tokens) == 7
+
+
 def test_a_sequence_without_the_block_for_its_next_token_is_not_foreseen(
     small: Any, on_gpu: Make
 ) -> None:

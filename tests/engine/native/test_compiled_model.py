@@ -201,6 +201,12 @@ def test_int4_is_near_the_model_whose_matrices_were_rounded_so(
 
 
 @COMPILED
+def test_weights_in_fp8_are_refused(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"--quantization fp8: .* has no fp8 weights"):
+        load_executor(tiny("llama").path, quantization="fp8")
+
+
+@COMPILED
 def test_quantized_weights_are_another_model_with_the_same_kv(tiny: Callable[..., Any]) -> None:
     path = tiny("llama").path
     plain, eight, four = (
