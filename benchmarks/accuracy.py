@@ -28,31 +28,18 @@ from transformers.utils import logging as transformers_logging
 import demo_model
 from baton import cores
 from baton.types import Request, Sampling, Stopping
+from benchmarks.formats import FORMATS
 from demo_model import corpus, dialogue, phrasings
 from demo_model.batches import counted_tokens
 from demo_model.dialogue import ASSISTANT, END
 from demo_model.evaluate import Judge, as_chats
-from engine.bench.backends import backend_of
 from engine.bench.records import Record, Setup, plain, save
 from engine.bench.tables import Table
 from engine.model.config import read_config
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence as Running
 
-# Name, backend, and options of load_executor. The first is what the others are compared with.
-FORMATS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("float32", "torch", {"dtype": "float32"}),
-    ("float32", "auto", {"dtype": "float32"}),
-    ("float32, KV int8", "torch", {"dtype": "float32", "kv_dtype": "int8"}),
-    ("float32, KV int8", "auto", {"dtype": "float32", "kv_dtype": "int8"}),
-    ("bfloat16", "auto", {"dtype": "bfloat16"}),
-    ("bfloat16, KV int8", "auto", {"dtype": "bfloat16", "kv_dtype": "int8"}),
-    ("int8", "auto", {"dtype": "bfloat16", "quantization": "int8"}),
-    ("int4", "auto", {"dtype": "bfloat16", "quantization": "int4"}),
-    ("int8, KV int8", "auto", {"dtype": "bfloat16", "quantization": "int8", "kv_dtype": "int8"}),
-)
 BATCH = 16  # sequences that generate together
 OPENING = 24  # tokens of a document that are given
 GENERATED = 128  # most tokens of an answer
@@ -111,19 +98,18 @@ def measure(kinds: dict[str, list[str]], threads: int) -> list[Record]:
     judge = Judge(demo_model.path())
     texts = {kind: encode(judge, found) for kind, found in kinds.items()}
     made: dict[Setup, dict[str, Reading]] = {}
-    for name, backend, options in FORMATS:
-        executor = load_executor(
-            demo_model.path(),
-            attention_backend=backend,
+    for wanted in FORMATS:
+        executor = wanted.load(
             threads=threads,
             max_batch_tokens=CONTEXT,
             max_batch_sequences=BATCH,
             kv_memory=2**30,
-            **options,
         )
-        setup = Setup("baton", backend_of(executor), MODEL, name, threads)
+        setup = Setup("baton", wanted.backend_of(executor), MODEL, wanted.name, threads)
         if setup not in made:  # where nothing is compiled, two names may be the same
-            made[setup] = {kind: read(executor, those, name) for kind, those in texts.items()}
+            made[setup] = {
+                kind: read(executor, those, wanted.name) for kind, those in texts.items()
+            }
     reference = next(iter(made.values()))
     records = []
     for kind, found in kinds.items():
