@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from scheduling.plan import Capacity, StepPlan, StepResult
 
@@ -30,4 +30,24 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End what goes on beside the passes. No pass runs, and none will. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Pipeline(Executor, Protocol):
+    """An executor whose stages work on different passes: it takes up to `capacity.depth` plans, of
+    disjoint sequences, before the first result is asked for. Passes end in the order in which they
+    began; all calls come from one thread, `execute` only while none is under way."""
+
+    def submit(self, plan: StepPlan) -> Any:
+        """Begin a pass; may block as long as its first stage takes, or its swaps where it has to
+        wait for them. Reads the plan's sequences, now and until its result is there. Returns what
+        `result` wants. Raises as `execute`; then there is no result to ask for."""
+        ...
+
+    def result(self, handle: Any) -> StepResult:
+        """Wait for the oldest pass. Its seconds count from when it began or the one before it
+        ended, whichever was later: those of passes that overlap add up to what has gone by. The
+        swaps that have completed may be those of a plan that was submitted later. Raises as
+        `execute`."""
         ...

@@ -1,5 +1,8 @@
 """The engine's heartbeat: plan, execute, apply.
 
+Where the executor is a pipeline, several plans are on their way at a time: the first stage gets the
+next one before the oldest is applied.
+
 All three verbs run on one thread, so that nothing has to be handed over between two passes. What
 came of a pass is told on the event loop's thread, while the next one runs. Requests come and go
 there, too, at any time: whoever touches the scheduler holds the loop's lock, which the engine's
@@ -16,9 +19,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, NoReturn, Protocol, TypeVar
 
-from engine.executor import Executor, ExecutorBroken
+from engine.executor import Executor, ExecutorBroken, Pipeline
 from scheduling.cost import StepRecord
 from scheduling.plan import StepPlan, StepResult
 
@@ -31,15 +36,16 @@ class Scheduler(Protocol[Event]):
     """What the loop drives: scheduling.decode.DecodeScheduler or its prefill counterpart."""
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next pass, or None if nothing can run until something comes from outside."""
+        """The next pass, or None if nothing can run until something comes from outside, or a pass
+        that runs is applied. Called with room for one more plan in flight."""
         ...
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
-        """Take what the pass gave."""
+        """Take what the oldest pass gave."""
         ...
 
     def fail(self, plan: StepPlan, now: float) -> list[Event]:
-        """The pass broke: give up what was in it."""
+        """The oldest pass broke: give up what was in it."""
         ...
 
 
@@ -47,6 +53,15 @@ OnEvents = Callable[[StepPlan, list[Event], float], None]
 """Called on the event loop after each pass, with the pass's seconds, in the order of the passes and
 before the next one is applied; the scheduler may be planning or computing that one. A request may
 have been aborted since. Must not block or raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan on its way. `end` gives its result, and raises what broke it."""
+
+    plan: StepPlan
+    begun: float
+    end: Callable[[], StepResult]
 
 
 class EngineLoop(Generic[Event]):
@@ -71,6 +86,8 @@ class EngineLoop(Generic[Event]):
         """`on_idle` is called on the engine's thread when there is nothing to run."""
         self._scheduler = scheduler
         self._executor = executor
+        self._depth = executor.capacity.depth
+        self._flights: deque[_Flight] = deque()  # oldest first
         self._on_events = on_events
         self._on_idle = on_idle or (lambda: None)
         self._clock = clock
@@ -78,6 +95,7 @@ class EngineLoop(Generic[Event]):
         self._told = threading.Event()  # nothing is on its way to `on_events`
         self._told.set()
         self._stopping = False
+        self._joined = False  # the event loop stands still until the thread has ended
         self._failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
         self.lock = threading.RLock()
@@ -95,7 +113,7 @@ class EngineLoop(Generic[Event]):
         self._awake.set()
 
     async def stop(self) -> None:
-        """End after the pass that runs now. Raises what `wait_closed` would."""
+        """End after the passes that run now. Raises what `wait_closed` would."""
         self._stopping = True
         self.wake()
         await self.wait_closed()
@@ -106,7 +124,7 @@ class EngineLoop(Generic[Event]):
             await asyncio.shield(self._task)
 
     async def _run(self) -> None:
-        """Keep the thread. Whoever cancels this waits for the pass that runs."""
+        """Keep the thread. Whoever cancels this waits for the passes that run."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         thread = threading.Thread(
             target=self._drive, args=(loop, ended), name="engine", daemon=True
@@ -115,7 +133,7 @@ class EngineLoop(Generic[Event]):
         try:
             await ended.wait()
         finally:
-            self._stopping = True
+            self._stopping = self._joined = True
             self._told.set()  # nobody will tell what this thread waits for while it is joined
             self.wake()
             thread.join()
@@ -130,30 +148,51 @@ class EngineLoop(Generic[Event]):
                 self._awake.clear()  # before planning: what comes after it is seen next time
                 with self.lock:
                     plan = self._scheduler.plan(self._clock())
-                if plan is None:
+                if plan is not None:
+                    self._flights.append(self._begin(plan))
+                if self._flights and (plan is None or len(self._flights) == self._depth):
+                    self._step(loop)
+                elif plan is None:
                     self._on_idle()
                     self._awake.wait()
-                else:
-                    self._step(plan, loop)
+            while self._flights:
+                self._step(loop)
         except BaseException as error:
             self._failure = self._failure or error
         loop.call_soon_threadsafe(ended.set)  # after all that was told
 
-    def _step(self, plan: StepPlan, loop: asyncio.AbstractEventLoop) -> None:
-        begun = self._clock()
+    def _begin(self, plan: StepPlan) -> _Flight:
+        """Send a plan on its way. What breaks it is told in its turn."""
+        begun, executor = self._clock(), self._executor
+        if self._depth == 1:
+            return _Flight(plan, begun, partial(executor.execute, plan))
+        assert isinstance(executor, Pipeline)
         try:
-            result = self._executor.execute(plan)
+            handle = executor.submit(plan)
+        except ExecutorBroken:
+            raise
+        except Exception as error:
+            return _Flight(plan, begun, partial(_raise, error))
+        return _Flight(plan, begun, partial(executor.result, handle))
+
+    def _step(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take what the oldest plan gave."""
+        flight = self._flights.popleft()
+        plan = flight.plan
+        try:
+            result = flight.end()
         except ExecutorBroken:
             raise
         except Exception:
             _log.exception("a pass of %d tokens failed", plan.tokens)
             result = None
-        self._told.wait()  # a slow event loop slows the engine down, instead of falling behind
+        if not self._joined:
+            self._told.wait()  # a slow event loop slows the engine down, instead of falling behind
         self._told.clear()
         now = self._clock()
         with self.lock:
             if result is None:
-                seconds, events = now - begun, self._scheduler.fail(plan, now)
+                seconds, events = now - flight.begun, self._scheduler.fail(plan, now)
             else:
                 seconds, events = result.seconds, self._scheduler.apply(plan, result, now)
                 self._count(plan, result)
@@ -175,3 +214,7 @@ class EngineLoop(Generic[Event]):
             self.wake()
         finally:
             self._told.set()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

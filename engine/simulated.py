@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,9 +62,25 @@ class BlockBytes:
         return memoryview(self._pool[index]).cast("B")
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One that has begun: its plan, the block table of each chunk as it was then, the seconds that
+    it takes, and the swaps that are over before it computes."""
+
+    plan: StepPlan
+    tables: tuple[list[int], ...]
+    seconds: float
+    swapped: tuple[int, ...]
+
+
 class CostModelExecutor:
     """Runs plans in no time at all, or by `sleep`-ing (`time.sleep`) as long as the cost model
-    says. `StepResult.seconds` is the model's either way, and swaps go on in that time only."""
+    says. `StepResult.seconds` is the model's either way, and swaps go on in that time only.
+
+    With `capacity.depth` it is a Pipeline (engine/executor.py), of which the time is not modelled.
+    Its first stage writes when a pass begins, the last one when it ends, after the tokens were
+    sampled: whoever has got a block of a pass too early spoils that pass, or is spoilt by it.
+    """
 
     def __init__(
         self,
@@ -92,17 +109,32 @@ class CostModelExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         """Write each chunk's KV, then sample from what the blocks hold. Swaps end after that,
         unless the pass waits for them."""
+        return self.result(self.submit(plan))
+
+    def submit(self, plan: StepPlan) -> _Pass:
+        """Begin a pass: its swaps, and the KV of its chunks."""
         seconds, swapped = self._swap(plan)
         if plan.chunks:
             seconds += self._cost.of(plan)
+        begun = _Pass(plan, tuple([[*c.sequence.blocks] for c in plan.chunks]), seconds, swapped)
+        self._write(begun)
+        return begun
+
+    def result(self, handle: _Pass) -> StepResult:
+        """End the oldest pass that has begun."""
+        chunks, seconds = handle.plan.chunks, handle.seconds
         self._now += seconds
-        for chunk in plan.chunks:
-            self._write(chunk)
-        sampled = tuple(self._sample(chunk) if chunk.sample else None for chunk in plan.chunks)
-        logprobs = tuple(self._prompt_logprobs(chunk) for chunk in plan.chunks)
+        sampled = tuple(
+            self._sample(chunk, table) if chunk.sample else None
+            for chunk, table in zip(chunks, handle.tables, strict=True)
+        )
+        logprobs = tuple(self._prompt_logprobs(chunk) for chunk in chunks)
+        if self._capacity.depth > 1:
+            self._write(handle)
         if self._sleep is not None:
             self._sleep(seconds)
-        return StepResult(sampled, logprobs, seconds, swapped + self._swaps.land(self._now))
+        swapped = handle.swapped + self._swaps.land(self._now)
+        return StepResult(sampled, logprobs, seconds, swapped)
 
     def close(self) -> None:
         """Nothing goes on beside the passes."""
@@ -117,16 +149,18 @@ class CostModelExecutor:
             return 0.0, ()
         return until - self._now, self._swaps.land(until)
 
-    def _write(self, chunk: Chunk) -> None:
-        sequence, size = chunk.sequence, self._capacity.block_size
-        positions = np.arange(chunk.start, chunk.start + chunk.length)
-        blocks = np.array(sequence.blocks)[positions // size]
-        self._pool[blocks, positions % size] = sequence.tokens[positions[0] : positions[-1] + 1]
+    def _write(self, begun: _Pass) -> None:
+        size = self._capacity.block_size
+        for chunk, table in zip(begun.plan.chunks, begun.tables, strict=True):
+            end = chunk.start + chunk.length
+            positions = np.arange(chunk.start, end)
+            blocks = np.array(table)[positions // size]
+            self._pool[blocks, positions % size] = chunk.sequence.tokens[chunk.start : end]
 
-    def _sample(self, chunk: Chunk) -> Sampled:
+    def _sample(self, chunk: Chunk, table: list[int]) -> Sampled:
         sequence = chunk.sequence
         end = chunk.start + chunk.length
-        blocks = sequence.blocks[: self._capacity.blocks_for(end)]
+        blocks = table[: self._capacity.blocks_for(end)]
         kv = self._pool[blocks].reshape(-1)[:end]
         token = self._token_of(sequence.request, sequence.index, kv.tobytes())
         return Sampled(token, _logprobs([token], sequence.request.logprobs)[0])

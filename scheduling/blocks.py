@@ -5,8 +5,9 @@ Knows numbers only: nothing of what is in a block, nor of sequences.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class BlockAllocator:
@@ -14,15 +15,17 @@ class BlockAllocator:
 
     A list of blocks that `allocate` or `share` was called for is owned by the caller, who gives it
     back through `release` exactly once. Between `begin_pass` and `end_pass` released blocks are
-    not handed out again: the pass may still be writing to them. Blocks on `offer` may be allocated
-    to a second holder, who writes to them when the first one has read them; until `begin_pass`.
+    not handed out again: the pass may still be writing to them. Where several passes run at a time
+    that holds until all that had begun by then have ended. Blocks on `offer` may be allocated to a
+    second holder, who writes to them when the first one has read them; until `begin_pass`.
     """
 
     def __init__(self, total: int) -> None:
         self._holders = [0] * total
         self._free = list(range(total - 1, -1, -1))  # a stack, lowest number on top
-        self._settling: list[int] = []  # released during the pass
-        self._in_pass = False
+        self._settling: deque[tuple[int, int]] = deque()  # a pass that must end first, and a block
+        self._begun = self._ended = 0  # passes
+        self._unused = False  # what is released now was in no pass that runs
         self._offered: list[int] = []
         self.offers_taken = 0  # since the last pass began
 
@@ -38,7 +41,7 @@ class BlockAllocator:
 
     @property
     def settling(self) -> int:
-        """Blocks that are free when the pass ends."""
+        """Blocks that are free when the passes that run have ended."""
         return len(self._settling)
 
     def allocate(self, count: int) -> list[int]:
@@ -73,30 +76,43 @@ class BlockAllocator:
         return list(blocks)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Stop holding `blocks`; those without holders become free, after the pass if one runs."""
+        """Stop holding `blocks`; those without holders become free, after the passes that run."""
+        settles = self._begun > self._ended and not self._unused
         for block in blocks:
             if not self._holders[block]:
                 raise RuntimeError(f"block {block} is released twice")
             self._holders[block] -= 1
             if not self._holders[block]:
-                (self._settling if self._in_pass else self._free).append(block)
+                if settles:
+                    self._settling.append((self._begun, block))
+                else:
+                    self._free.append(block)
+
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """What is released inside was in no pass that still runs: it is free at once."""
+        self._unused = True
+        try:
+            yield
+        finally:
+            self._unused = False
 
     def begin_pass(self) -> None:
         """From now on released blocks are kept back, and offers have lapsed."""
-        self._in_pass = True
+        self._begun += 1
         self._offered.clear()
         self.offers_taken = 0
 
     def end_pass(self) -> None:
-        """Nothing writes any more: what was released during the pass is free."""
-        self._in_pass = False
-        self._free += self._settling
-        self._settling.clear()
+        """The oldest pass writes no more: what was released before another one began is free."""
+        self._ended += 1
+        while self._settling and self._settling[0][0] <= self._ended:
+            self._free.append(self._settling.popleft()[1])
 
     def check_integrity(self, owned: Iterable[Sequence[int]]) -> None:
         """Every block is either free or held exactly by the lists in `owned`; else RuntimeError."""
         holders = Counter(block for blocks in owned for block in blocks)
-        idle = Counter([*self._free, *self._settling])
+        idle = Counter([*self._free, *(block for _, block in self._settling)])
         for block, count in enumerate(self._holders):
             if count != holders[block] or (count == 0) != (idle[block] == 1) or idle[block] > 1:
                 raise RuntimeError(

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from itertools import islice
 
+from scheduling.budget import batching
 from scheduling.cost import CostTracker
 from scheduling.filling import Door
-from scheduling.plan import Capacity
+from scheduling.in_flight import InFlight
+from scheduling.plan import Capacity, Chunk
 from scheduling.residency import Residency
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
@@ -34,12 +36,15 @@ class Chooser:
         cost: CostTracker,
         residency: Residency,
         door: Door,
+        in_flight: InFlight[Sequence],
     ) -> None:
         self._capacity = capacity
         self._rules = rules
         self._cost = cost
         self._kv = residency
         self._door = door
+        self._in_flight = in_flight
+        self._batching = batching(rules.batching)
         # Whether any KV is ever swapped.
         self.swaps = rules.preemption != "recompute" and capacity.host_blocks > 0
         self._reactive = self.swaps and rules.swapping == "reactive"
@@ -59,8 +64,9 @@ class Chooser:
 
     def choose(self, ranked: list[Sequence], now: float) -> list[Sequence]:
         """The sequences of the next pass, best first. `ranked`: those that run, wait or are
-        swapped out, best first. Waiting ones are admitted on the way while the pass has tokens
-        left for them."""
+        swapped out, best first, and are in no pass. Waiting ones are admitted on the way while the
+        pass has tokens left for them. Of those that run it takes its share: see
+        scheduling/in_flight.py."""
         self.ranked, self._residents, self._now = ranked, None, now
         self._ahead = [] if self.swaps else None
         self.head = None
@@ -70,6 +76,7 @@ class Chooser:
         # Counted when it is first asked for: before that only who comes back can change it.
         left = self._tokens_for_prompts(stuck) if self._kv.swapped else None
         slots, ahead = self._capacity.max_sequences, self._ahead
+        share = self._in_flight.share(len(self._kv.running))
         chosen: list[Sequence] = []
         for sequence in ranked:
             if len(chosen) == slots:
@@ -84,7 +91,8 @@ class Chooser:
                 if left <= 0:
                     continue
             if running:
-                ready = sequence is not stuck
+                ready = share > 0 and sequence is not stuck
+                share -= ready
             elif self._kv.head_blocked:
                 continue  # nobody overtakes
             else:
@@ -95,6 +103,26 @@ class Chooser:
                     left -= tokens - sequence.computed
         self._residents, self.chosen = None, chosen
         return chosen
+
+    def fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
+        """The chunks of the chosen sequences. Only those that will sample a token in this pass may
+        take blocks from others."""
+        generating: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in chosen:
+            tokens = len(sequence.tokens)
+            generates = tokens - sequence.computed == 1 and tokens > sequence.prompt_length
+            (generating if generates else prompts).append(sequence)
+        if prompts and self._rules.batching == "prefill-first":
+            generating = []
+        ready = self.growing(generating, self._capacity.max_tokens)
+        if len(ready) < len(generating) and self.proactive:
+            spare = self._capacity.max_sequences - len(prompts) - len(ready)
+            ready += self.instead(chosen, spare)
+        if prompts:
+            here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
+            prompts = [s for s in prompts if s.phase in here]
+        return self._batching(ready, prompts, self._capacity.max_tokens)
 
     def growing(self, chosen: list[Sequence], most: int) -> list[Sequence]:
         """Those of the chosen generating sequences, up to `most`, that have the block for their
@@ -119,7 +147,7 @@ class Chooser:
         if sequence.phase is not Phase.RUNNING:
             return sequence.phase is Phase.RETURNING  # with this plan; else it has just given way
         while not self._kv.grow(sequence):
-            if self._kv.swaps.outs and self._kv.swaps.coming_free():
+            if self._kv.blocks.settling or (self._kv.swaps.outs and self._kv.swaps.coming_free()):
                 return False  # blocks are on their way
             victim = self._worst()
             if victim is None or victim is sequence:
@@ -179,8 +207,11 @@ class Chooser:
         most = self._capacity.max_tokens
         if self._rules.batching == "prefill-first":
             return most
-        generating, slots = 0, self._capacity.max_sequences
-        for sequence in self._kv.running:
+        generating, slots, running = 0, self._capacity.max_sequences, self._kv.running
+        if self._in_flight:
+            slots = min(slots, self._in_flight.share(len(running)))
+            running = {s: None for s in running if s not in self._in_flight.members}
+        for sequence in running:
             tokens = len(sequence.tokens)
             if tokens - sequence.computed == 1 and tokens > sequence.prompt_length:
                 generating += sequence is not stuck

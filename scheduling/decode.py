@@ -16,27 +16,30 @@ is let in. (It may have to wait for blocks that a KV transfer or a swap is using
 deadlines, swaps end, and a plan without chunks waits for one.)
 
 Between `plan` and `apply` a pass reads the plan's sequences on another thread. All other methods
-may be called meanwhile: they leave those sequences as they are until `apply`.
+may be called meanwhile: they leave those sequences as they are until `apply`. Up to
+`capacity.depth` plans, of disjoint sequences, may be made before the oldest is applied
+(scheduling/in_flight.py); who is in one gives way to nobody until then.
 
 Knows nothing of models, transports or gateways, and reads no clock.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from baton.types import Finish, Load, Output, Request
 from scheduling.admission import longest_kv, require_fit
-from scheduling.budget import batching
 from scheduling.choosing import Chooser
 from scheduling.cost import CostTracker, StepRecord
 from scheduling.events import DecodeEvent, RequestFailed
 from scheduling.filling import Door
 from scheduling.group import Group, Groups
+from scheduling.in_flight import InFlight
 from scheduling.order import Policy
-from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
 from scheduling.proactive import ProactiveSwaps
 from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
@@ -68,13 +71,12 @@ class DecodeScheduler:
         self._max_waiting = max_waiting
         self._groups = Groups()
         self._kv = Residency(capacity, self._rules, lambda s: self._groups[s.request.id].sequences)
-        self._batching = batching(self._rules.batching)
+        self._in_flight = InFlight[Sequence](capacity.depth)
         self._door = Door(self._rules, capacity.max_sequences)
-        self._chooser = Chooser(capacity, self._rules, self.cost, self._kv, self._door)
+        self._chooser = Chooser(
+            capacity, self._rules, self.cost, self._kv, self._door, self._in_flight
+        )
         self._proactive = ProactiveSwaps(capacity, self._rules, policy, self._kv, self._chooser)
-        self._plan: StepPlan | None = None  # the pass that runs now
-        self._in_pass: frozenset[Sequence] = frozenset()
-        self._doomed: list[Sequence] = []  # aborted during the pass that they are in
         self._waits = self._stalls = 0
 
     # -- Requests come and go --------------------------------------------------------------
@@ -174,33 +176,42 @@ class DecodeScheduler:
     # -- The step --------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan.
+        """The next pass, or None if nothing can run (until a pass that does has been applied).
+        `apply` or `fail` must follow a plan, in the order of the plans.
 
         Slots of the batch go to tenants by their shares (scheduling/shares.py), and by rank to
         each one's sequences, so a better-ranked sequence can displace a running one, which keeps
         its blocks unless somebody needs them. The token budget goes to generation first, then in
         the same order.
         """
-        if self._plan is not None:
-            raise RuntimeError("the last plan was not applied")
-        kv = self._kv
+        self._in_flight.require_room()
+        with self._kv.blocks.unused():
+            plan = self._next(now)
+        if plan is not None:
+            self._begin_pass(plan, now)
+        return plan
+
+    def _next(self, now: float) -> StepPlan | None:
+        kv, members = self._kv, self._in_flight.members
         here = {**kv.running, **kv.swapped, **kv.waiting}
+        if members:
+            here = {s: None for s in here if s not in members}
         self._policy.promote(here, now)
         ranked = self._in_order(here)
-        self._door.knock(ranked, kv.moving, now)
+        self._door.knock(ranked, kv.moving or members, now)
         chosen = self._chooser.choose(ranked, now)
         if self._chooser.proactive:
             chosen = self._proactive.begin(ranked, chosen, now)
-        chunks = self._fill(chosen)
-        if not chunks and not kv.swaps.in_flight:
+        chunks = self._chooser.fill(chosen)
+        # Nobody waits for swaps alone while a pass runs: its end will tell of them, too.
+        if not chunks and not (kv.swaps.pending if self._in_flight else kv.swaps.in_flight):
             return None
         outs, ins = kv.swaps.planned()
         # A pass must wait for its swaps if it uses blocks that they free, or KV that they bring.
         waits = kv.blocks.offers_taken > 0 or any(
             chunk.sequence.phase is Phase.RETURNING for chunk in chunks if ins
         )
-        self._begin_pass(StepPlan(chunks, outs, ins, waits), now)
-        return self._plan
+        return StepPlan(chunks, outs, ins, waits)
 
     def _in_order(self, here: dict[Sequence, None]) -> list[Sequence]:
         """Best first. From one plan to the next most keep their places, and the order of the last
@@ -217,35 +228,23 @@ class DecodeScheduler:
         if not self._groups.tenants.several:
             return ranked
         slots = min(self._capacity.max_sequences, self._capacity.max_tokens)
-        keep = () if self._policy.preempts else self._chooser.chosen
+        keep: Iterable[Sequence] = ()
+        if not self._policy.preempts:
+            keep = self._chooser.chosen if self._in_flight.depth == 1 else here
         return in_turn(ranked, slots, {s for s in keep if s.phase is _RUNNING})
-
-    def _fill(self, chosen: list[Sequence]) -> tuple[Chunk, ...]:
-        """The chunks of the chosen sequences. Only those that will sample a token in this pass may
-        take blocks from others."""
-        generating: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for sequence in chosen:
-            tokens = len(sequence.tokens)
-            generates = tokens - sequence.computed == 1 and tokens > sequence.prompt_length
-            (generating if generates else prompts).append(sequence)
-        if prompts and self._rules.batching == "prefill-first":
-            generating = []
-        ready = self._chooser.growing(generating, self._capacity.max_tokens)
-        if len(ready) < len(generating) and self._chooser.proactive:
-            spare = self._capacity.max_sequences - len(prompts) - len(ready)
-            ready += self._chooser.instead(chosen, spare)
-        if prompts:
-            here = (Phase.RUNNING, Phase.RETURNING)  # the others have just given way
-            prompts = [s for s in prompts if s.phase in here]
-        return self._batching(ready, prompts, self._capacity.max_tokens)
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[DecodeEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
-        self._end_pass(plan)
+        doomed = self._end_pass(plan)
+        with self._kv.blocks.unused():
+            return self._take(plan, result, doomed, now)
+
+    def _take(
+        self, plan: StepPlan, result: StepResult, doomed: list[Sequence], now: float
+    ) -> list[DecodeEvent]:
         computing = self.cost.model.of(plan) if plan.swaps_first else 0.0
         self._kv.swaps.complete(result.swapped, self._kv.swapped_over, now, computing)
-        self._drop_doomed()
+        self._drop(doomed)
         if self.cost.learns and plan.chunks and not plan.swaps_first:
             self.cost.add(StepRecord.of(plan, result.seconds))
         gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
@@ -268,12 +267,13 @@ class DecodeScheduler:
     def fail(self, plan: StepPlan, now: float) -> list[DecodeEvent]:
         """The pass broke: every request in it ends, with all its sequences. Its swaps are under
         way until a later result names them."""
-        self._end_pass(plan)
-        self._drop_doomed()
-        live = [c.sequence for c in plan.chunks if c.sequence.phase is not Phase.FINISHED]
-        failed = dict.fromkeys(sequence.request.id for sequence in live)
-        for request_id in failed:
-            self.abort(request_id, now)
+        doomed = self._end_pass(plan)
+        with self._kv.blocks.unused():
+            self._drop(doomed)
+            live = [c.sequence for c in plan.chunks if c.sequence.phase is not Phase.FINISHED]
+            failed = dict.fromkeys(sequence.request.id for sequence in live)
+            for request_id in failed:
+                self.abort(request_id, now)
         return [RequestFailed(request_id) for request_id in failed]
 
     # -- Facts -----------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class DecodeScheduler:
         placed = self._kv.placed()
         grouped = {s for group in self._groups.values() for s in group.sequences}
         ended = {s for s in self._kv.incoming if s.phase is Phase.FINISHED}
-        if placed != grouped | ended | set(self._doomed):
+        if placed != grouped | ended | set(self._in_flight.doomed):
             raise RuntimeError("a sequence without a request, or the other way round")
 
     # -- Keeping the books -----------------------------------------------------------------
@@ -335,13 +335,12 @@ class DecodeScheduler:
             raise AlreadyExists(f"request {request.id!r} is already here")
 
     def _begin_pass(self, plan: StepPlan, now: float) -> None:
-        self._plan = plan
         self._waits += not plan.chunks
         self._stalls += plan.swaps_first
-        sequences = [sequence for sequence, _, _, _ in plan.chunks]
-        self._in_pass = frozenset(sequences)
+        sequences = tuple([sequence for sequence, _, _, _ in plan.chunks])
+        self._in_flight.begin(plan, sequences)
         if self._kv.fresh:
-            self._kv.fresh -= self._in_pass
+            self._kv.fresh.difference_update(sequences)
         self._kv.blocks.begin_pass()
         groups = self._groups
         for sequence in sequences:
@@ -349,11 +348,11 @@ class DecodeScheduler:
             if group.prompt is not None:
                 group.begin_pass(now)
 
-    def _end_pass(self, plan: StepPlan) -> None:
-        if plan is not self._plan:
-            raise RuntimeError("this plan does not run")
-        self._plan, self._in_pass = None, frozenset()
+    def _end_pass(self, plan: StepPlan) -> list[Sequence]:
+        """Close the pass. Returns those of its sequences that were aborted meanwhile."""
+        _, doomed = self._in_flight.end(plan)
         self._kv.blocks.end_pass()
+        return doomed
 
     @staticmethod
     def _is_live(sequence: Sequence) -> bool:
@@ -366,15 +365,12 @@ class DecodeScheduler:
         return False
 
     def _let_go(self, sequence: Sequence) -> None:
-        if sequence in self._in_pass:
-            self._doomed.append(sequence)
-        else:
+        if not self._in_flight.give_up(sequence):
             self._kv.drop(sequence)
 
-    def _drop_doomed(self) -> None:
-        for sequence in self._doomed:
+    def _drop(self, doomed: list[Sequence]) -> None:
+        for sequence in doomed:
             self._kv.drop(sequence)
-        self._doomed.clear()
 
     def _emit(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Append a token that was sampled here."""

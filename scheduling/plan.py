@@ -19,6 +19,7 @@ class Capacity:
     max_sequences: int  # sequences in one pass
     max_context: int
     host_blocks: int = 0  # KV blocks in host memory, for sequences that are swapped out
+    depth: int = 1  # passes at a time, of disjoint sequences: pipeline stages; limits are per pass
 
     @property
     def longest_sequence(self) -> int:

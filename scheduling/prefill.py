@@ -27,6 +27,7 @@ from scheduling.events import (
     PrefillStarted,
     RequestFailed,
 )
+from scheduling.in_flight import InFlight
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.prompt import PromptRecord
@@ -63,9 +64,7 @@ class PrefillScheduler:
         self._handed_over: set[int] = set()  # blocks
         self._jobs: dict[str, _Job] = {}  # live ones, by request id
         self._tenants = Tenants()  # theirs
-        self._plan: StepPlan | None = None  # the pass that runs now
-        self._in_pass: tuple[_Job, ...] = ()  # the job of each of its chunks
-        self._doomed: list[_Job] = []  # aborted during the pass that they are in
+        self._in_flight = InFlight[_Job](capacity.depth)  # the job of each chunk
 
     # -- Requests come and go --------------------------------------------------------------
 
@@ -97,29 +96,28 @@ class PrefillScheduler:
         if job is None:
             return False
         self._tenants.went(job.sequence.request.tenant)
-        if job in self._in_pass:
-            self._doomed.append(job)
-        else:
+        if not self._in_flight.give_up(job):
             self._end(job)
         return True
 
     def release(self, blocks: Items[int]) -> None:
         """Take back blocks that were handed over, at any time: if a pass still writes to them,
-        they are not used again before it ends."""
+        they are not used again before it ends, nor before others that have begun."""
         self._handed_over.difference_update(blocks)
         self._blocks.release(blocks)
 
     # -- The step --------------------------------------------------------------------------
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next pass, or None if nothing can run. `apply` or `fail` must follow a plan.
+        """The next pass, or None if nothing can run (until a pass that does has been applied).
+        `apply` or `fail` must follow a plan, in the order of the plans.
 
         Tenants share its tokens (scheduling/shares.py); each one's go by rank. So a prompt takes
         at most as many times as long as there are tenants, whatever the others send.
         """
-        if self._plan is not None:
-            raise RuntimeError("the last plan was not applied")
-        ranked = [job.sequence for job in self._jobs.values()]
+        self._in_flight.require_room()
+        running = self._in_flight.members
+        ranked = [job.sequence for job in self._jobs.values() if job not in running]
         self._policy.promote(ranked, now)
         ranked.sort(key=self._policy.rank)
         if self._tenants.several:
@@ -128,12 +126,13 @@ class PrefillScheduler:
             chunks = splitfuse((), self._choose(ranked), self._capacity.max_tokens)
         if not chunks:
             return None
-        self._in_pass = tuple(self._jobs[chunk.sequence.request.id] for chunk in chunks)
-        for job in self._in_pass:
+        plan = StepPlan(chunks)
+        jobs = tuple([self._jobs[chunk.sequence.request.id] for chunk in chunks])
+        self._in_flight.begin(plan, jobs)
+        for job in jobs:
             job.prompt.begin(now)
-        self._plan = StepPlan(chunks)
         self._blocks.begin_pass()
-        return self._plan
+        return plan
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[PrefillEvent]:
         """Take what the pass gave. Chunks of requests aborted meanwhile are dropped."""
@@ -183,7 +182,7 @@ class PrefillScheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
-        jobs = [*self._jobs.values(), *self._doomed]
+        jobs = [*self._jobs.values(), *self._in_flight.doomed]
         own = [job.sequence.blocks for job in jobs if not job.handed_over]
         self._blocks.check_integrity([*own, list(self._handed_over)])
         for job in self._jobs.values():
@@ -197,13 +196,18 @@ class PrefillScheduler:
 
     # -- Choosing and keeping the books ----------------------------------------------------
 
+    def _most(self) -> int:
+        """Sequences in the next plan. Those that wait count for its share, too: whoever starts here
+        has ended a few passes later."""
+        return min(self._capacity.max_sequences, self._in_flight.share(len(self._jobs)))
+
     def _choose(self, ranked: Items[Sequence]) -> list[Sequence]:
         """As many of the best as the pass has tokens for; nobody overtakes one for whose blocks
         there is no room."""
         chosen: list[Sequence] = []
-        left, head_blocked = self._capacity.max_tokens, False
+        left, most, head_blocked = self._capacity.max_tokens, self._most(), False
         for sequence in ranked:
-            if left <= 0 or len(chosen) == self._capacity.max_sequences:
+            if left <= 0 or len(chosen) == most:
                 break
             if sequence.phase is Phase.WAITING:
                 head_blocked = head_blocked or not self._admit(sequence)
@@ -216,7 +220,7 @@ class PrefillScheduler:
     def _divide(self, ranked: Items[Sequence]) -> tuple[Chunk, ...]:
         """The same for several tenants: each gets up to its share of the tokens, in the given
         order, and then whoever comes first what is left because there was no room for others."""
-        left, head_blocked = self._capacity.max_tokens, False
+        left, most, head_blocked = self._capacity.max_tokens, self._most(), False
         shares = token_shares(ranked, left)
         granted: dict[Sequence, int] = {}
         for shared in (True, False):
@@ -226,7 +230,7 @@ class PrefillScheduler:
                 tokens = min(left, sequence.uncomputed - had)
                 if shared:
                     tokens = min(tokens, shares[tenant])
-                if tokens <= 0 or (not had and len(granted) == self._capacity.max_sequences):
+                if tokens <= 0 or (not had and len(granted) == most):
                     continue
                 if sequence.phase is Phase.WAITING:
                     head_blocked = head_blocked or not self._admit(sequence)
@@ -271,12 +275,8 @@ class PrefillScheduler:
 
     def _end_pass(self, plan: StepPlan) -> tuple[_Job, ...]:
         """Close the pass and return its jobs, in the order of the plan's chunks."""
-        if plan is not self._plan:
-            raise RuntimeError("this plan does not run")
-        jobs, self._in_pass = self._in_pass, ()
-        self._plan = None
+        jobs, doomed = self._in_flight.end(plan)
         self._blocks.end_pass()
-        for job in self._doomed:
+        for job in doomed:
             self._end(job)
-        self._doomed.clear()
         return jobs

@@ -30,8 +30,7 @@ class StridingScheduler(DecodeScheduler):
         """How many passes in a row, up to `most`, that of the plan just made included, would be
         this very plan moved on by one token each, if nothing came from outside, each took
         `seconds`, and nobody sampled a stop token. At least 1; may be too few, never too many."""
-        if plan is not self._plan:
-            raise RuntimeError("this plan does not run")
+        self._in_flight.require_newest(plan)
         return passes_alike(
             plan,
             now,
@@ -56,7 +55,7 @@ class StridingScheduler(DecodeScheduler):
             return 1  # it may change the shares of all
         rank = self._policy.rank
         place = rank(newcomer)
-        if any(rank(sequence) > place for sequence in self._in_pass):
+        if any(rank(sequence) > place for sequence in self._in_flight.members):
             return 1
         return passes_before(plan, newcomer, now, seconds, passes, self._policy)
 
@@ -73,8 +72,7 @@ class StridingScheduler(DecodeScheduler):
         all and ended `now`. Each sampled `token_id`, which ends nothing before the last of them;
         the last one `last[i]` for chunk i, if given. One event, with all its tokens of the
         stride, for each sequence that has ended."""
-        self._end_pass(plan)
-        self._drop_doomed()
+        self._drop(self._end_pass(plan))
         if self.cost.learns:
             work = Work.of(plan)
             for done in range(passes):

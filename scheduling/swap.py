@@ -51,6 +51,11 @@ class SwapBook:
         return len(self._flights)
 
     @property
+    def pending(self) -> bool:
+        """Whether any has begun that no plan has taken along."""
+        return bool(self._planned)
+
+    @property
     def outs(self) -> int:
         """Blocks of unfinished swaps out."""
         return self._moving[True]

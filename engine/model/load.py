@@ -87,6 +87,7 @@ def load_executor(
         max_sequences=max_batch_sequences,
         max_context=context,
         host_blocks=host_kv_memory // geometry.block_bytes,
+        depth=pipeline_parallel,
     )
 
     if options.ranks > 1:

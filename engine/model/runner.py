@@ -15,6 +15,7 @@ from torch import Tensor
 
 from baton.shared_cores import SharedCores
 from baton.types import Logprob, Request, Sampling, Stopping
+from engine.attention.contract import Batch
 from engine.model import sampler
 from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
 from engine.model.model import Output, PagedModel
@@ -22,6 +23,9 @@ from engine.model.pool import KvPool
 from engine.model.swap import Swapper
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
+
+Outcome = tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...]]
+"""What was sampled, and the prompt logprobs, for each chunk of a pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +98,7 @@ class TorchExecutor:
 
     def _execute(self, plan: StepPlan) -> StepResult:
         started = time.perf_counter()
-        if self._thread != threading.get_ident():
-            self._threads.apply()
-            self._thread = threading.get_ident()
+        self._use_threads()
         self._swap(plan)
         sampled, prompt = self._run(plan) if plan.chunks else ((), ())
         return StepResult(
@@ -123,35 +125,48 @@ class TorchExecutor:
         if self._cores is not None:
             self._cores.close()
 
+    def _use_threads(self) -> None:
+        if self._thread != threading.get_ident():
+            self._threads.apply()
+            self._thread = threading.get_ident()
+
     def _swap(self, plan: StepPlan) -> None:
         """Begin the plan's swaps, and wait for what it wants to wait for."""
+        self._begin_swaps(plan)
+        if not plan.chunks and not plan.swaps_first:
+            self._swapper.wait_for_any()
+
+    def _begin_swaps(self, plan: StepPlan) -> None:
+        """Begin the plan's swaps, and wait for those that must be over before it computes."""
         self._swapper.swap_out(plan.swap_out)
         if plan.swaps_first:
             self._swapper.wait_for(plan.swap_out)
         self._swapper.swap_in(plan.swap_in)
         if plan.swaps_first:
             self._swapper.wait_for(plan.swap_in)
-        elif not plan.chunks:
-            self._swapper.wait_for_any()
 
     def _take_cores(self) -> None:
         if self._cores is not None:
             assert isinstance(self.model, ThreadsVary)
             self.model.use_threads(self._cores.take())
 
-    def _run(
-        self, plan: StepPlan
-    ) -> tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...]]:
-        """The forward pass: what was sampled, and the prompt logprobs, for each chunk."""
+    def _run(self, plan: StepPlan) -> Outcome:
+        """The forward pass."""
         with torch.inference_mode():
-            self.pool.clear(begun_blocks(plan, self.pool.block_size))
-            batch, rows = self.batches.build(plan)
-            output = self.model.forward(batch, self.pool)
-            sampled = _sample(plan.chunks, rows, output, self._choice)
-            prompt = tuple(
-                prompt_logprobs_of(chunk, wanted, output.logits, self._choice)
-                for chunk, wanted in zip(plan.chunks, rows, strict=True)
-            )
+            batch, rows = self._build(plan)
+            return self._outcome(plan, rows, self.model.forward(batch, self.pool))
+
+    def _build(self, plan: StepPlan) -> tuple[Batch, tuple[ChunkRows, ...]]:
+        """The batch of a plan, whose new blocks are clear."""
+        self.pool.clear(begun_blocks(plan, self.pool.block_size))
+        return self.batches.build(plan)
+
+    def _outcome(self, plan: StepPlan, rows: tuple[ChunkRows, ...], output: Output) -> Outcome:
+        sampled = _sample(plan.chunks, rows, output, self._choice)
+        prompt = tuple(
+            prompt_logprobs_of(chunk, wanted, output.logits, self._choice)
+            for chunk, wanted in zip(plan.chunks, rows, strict=True)
+        )
         return sampled, prompt
 
     def warm_up(self) -> None:

@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
-from engine.model.runner import TorchExecutor
+import torch
+
+from engine.attention.contract import Batch
+from engine.model.batch import ChunkRows
+from engine.model.model import Output
+from engine.model.runner import Outcome, TorchExecutor
 from engine.parallel.model import ParallelModel
+from scheduling.plan import StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """A pass that has begun; without a batch if it only waits for a swap. `output` as of
+    ParallelModel.begin."""
+
+    plan: StepPlan
+    begun: float
+    batch: Batch | None = None
+    rows: tuple[ChunkRows, ...] = ()
+    output: Output | None = None
 
 
 class ParallelExecutor(TorchExecutor):
-    """An Executor (engine/executor.py) over a model that has been started."""
+    """An Executor over a model that has been started, and a Pipeline (engine/executor.py) if it has
+    stages: while the later ones compute, this process runs the first one of the next pass."""
 
     def __init__(self, model: ParallelModel, *arguments: Any, **options: Any) -> None:
         """As TorchExecutor. Ends the ranks when it is closed."""
         super().__init__(model, *arguments, **options)
         self._parallel = model
+        self._ended = 0.0  # when the last result was there
+
+    def submit(self, plan: StepPlan) -> Handle:
+        """Begin a pass: its swaps, and this rank's share of it."""
+        begun = time.perf_counter()
+        self._use_threads()
+        self._begin_swaps(plan)
+        if not plan.chunks:
+            return Handle(plan, begun)
+        with torch.inference_mode():
+            batch, rows = self._build(plan)
+            return Handle(plan, begun, batch, rows, self._parallel.begin(batch))
+
+    def result(self, handle: Handle) -> StepResult:
+        """The output of the oldest pass, sampled here."""
+        if handle.batch is None:
+            if not handle.plan.swaps_first:
+                self._swapper.wait_for_any()
+            outcome: Outcome = ((), ())
+        else:
+            with torch.inference_mode():
+                output = self._parallel.finish(handle.batch, handle.output)
+                outcome = self._outcome(handle.plan, handle.rows, output)
+        begun, self._ended = max(handle.begun, self._ended), time.perf_counter()
+        return StepResult(*outcome, self._ended - begun, swapped=self._swapper.collect())
 
     def close(self) -> None:
         """End the ranks, and the threads that swap. Idempotent."""

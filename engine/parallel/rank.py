@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 
 import torch
 
@@ -41,12 +43,35 @@ def main(connection: Connection) -> None:
     os.close(fd)
     stage, cache = Stage(setup), PartialCache(pool, setup.topology)
     connection.send_bytes(READY)
+    tell: Callable[[bytes], None] = connection.send_bytes
+    if setup.topology.pipeline > 1 and setup.topology.rank == setup.topology.teller:
+        tell = Teller(connection).tell
     with torch.inference_mode(), contextlib.suppress(EOFError):  # the worker is gone
         while (message := connection.recv_bytes()) != END:
             batch = unpack(message, setup.geometry.block_size, setup.device)
             output = stage.run(batch, cache)
             if output is not None and setup.topology.rank == setup.topology.teller:
-                connection.send_bytes(pack_output(output))
+                tell(pack_output(output))
+
+
+class Teller:
+    """Sends outputs in their order, on a thread of its own. The worker does not read while it tells
+    this rank of the next pass: if this rank waited for that with a long output instead of reading
+    what it is told, both would wait for ever."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outputs: SimpleQueue[bytes] = SimpleQueue()
+        threading.Thread(target=self._send, name="tell", daemon=True).start()
+
+    def tell(self, output: bytes) -> None:
+        """Send it when those before are through; returns at once."""
+        self._outputs.put(output)
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # the worker is gone
+            while True:
+                self._connection.send_bytes(self._outputs.get())
 
 
 def _follow() -> None:

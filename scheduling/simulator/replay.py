@@ -6,6 +6,7 @@ here differs, what it decides does not.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ class _Calls:
 
     def __init__(self, scheduler: DecodeScheduler | PrefillScheduler) -> None:
         self._scheduler = scheduler
-        self._plan: StepPlan | None = None
+        self._plans: deque[StepPlan] = deque()  # those that run, oldest first
 
     def call(self, record: Record) -> _Different:
         """Make one call, and compare."""
@@ -117,14 +118,16 @@ class _Calls:
         return None
 
     def _next_plan(self, recorded: Plan) -> _Different:
-        self._plan = self._scheduler.plan(recorded.now)
-        found = Plan.of(self._plan, recorded.now)
-        return None if found == recorded else (str(recorded), _describe(found, self._plan))
+        plan = self._scheduler.plan(recorded.now)
+        if plan is not None:
+            self._plans.append(plan)
+        found = Plan.of(plan, recorded.now)
+        return None if found == recorded else (str(recorded), _describe(found, plan))
 
     def _running(self) -> StepPlan:
-        if self._plan is None:
+        if not self._plans:
             raise ValueError("a result without a plan")
-        return self._plan
+        return self._plans.popleft()
 
 
 class _PrefillCalls(_Calls):

@@ -58,9 +58,11 @@ class Gate(CostModelExecutor):
 class Engine:
     """A loop and everything that its events said."""
 
-    def __init__(self) -> None:
-        self.executor = Gate()
-        self.scheduler = DecodeScheduler(CAPACITY, make_policy("fcfs"), max_waiting=100)
+    def __init__(self, executor: CostModelExecutor | None = None) -> None:
+        self.executor = executor or Gate()
+        self.scheduler = DecodeScheduler(
+            self.executor.capacity, make_policy("fcfs"), max_waiting=100
+        )
         self.loop = EngineLoop(self.scheduler, self.executor, self.on_events)
         self.tokens: dict[str, list[int]] = {}
         self.failed: list[str] = []

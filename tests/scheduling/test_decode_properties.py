@@ -248,25 +248,33 @@ class DecodeMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
 
+    def go_on(self) -> bool:
+        """A step towards the end; False if there is nothing left to do."""
+        if self.plan is not None:
+            self.end_pass(False)
+        elif self.incoming:
+            self.lose_one()
+        else:
+            self.begin_pass()
+            return self.plan is not None or self.scheduler.opens_at is not None
+        return True
+
+    def lose_one(self) -> None:
+        sequence = self.incoming.pop()
+        if sequence.request.id in self.requests:
+            first = expected_tokens(sequence.request, 0, TOKEN_OF)[0]
+            self.outputs[sequence.request, 0] = [first]
+            self.take(self.scheduler.lost(sequence, first, self.now))
+        else:
+            self.scheduler.quiet(sequence)
+
     def teardown(self) -> None:
         """Everything that is still here finishes, with the right tokens, and leaves nothing."""
         if not hasattr(self, "scheduler"):
             return
         for _ in range(LIMIT):
-            if self.plan is not None:
-                self.end_pass(False)
-            elif self.incoming:
-                sequence = self.incoming.pop()
-                if sequence.request.id in self.requests:
-                    first = expected_tokens(sequence.request, 0, TOKEN_OF)[0]
-                    self.outputs[sequence.request, 0] = [first]
-                    self.take(self.scheduler.lost(sequence, first, self.now))
-                else:
-                    self.scheduler.quiet(sequence)
-            else:
-                self.begin_pass()
-                if self.plan is None and self.scheduler.opens_at is None:
-                    break
+            if not self.go_on():
+                break
         self.scheduler.check_integrity()
         load = self.scheduler.load()
         assert (load.running, load.waiting) == (0, 0)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections import deque
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -172,14 +175,17 @@ class PrefillMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 4),
         spare=st.integers(0, 10),
         policy=st.sampled_from(["fcfs", "skip-join-mlfq"]),
+        depth=st.sampled_from([1, 1, 2, 3]),
     )
-    def begin(self, block_size, max_tokens, max_sequences, spare, policy) -> None:
+    def begin(self, block_size, max_tokens, max_sequences, spare, policy, depth) -> None:
         blocks = -(-30 // block_size) + spare
-        self.capacity = Capacity(blocks, block_size, max_tokens, max_sequences, max_context=32)
+        self.capacity = Capacity(
+            blocks, block_size, max_tokens, max_sequences, max_context=32, depth=depth
+        )
         self.scheduler = PrefillScheduler(self.capacity, make_policy(policy), max_waiting=10)
         self.executor = CostModelExecutor(self.capacity, token_of=TOKEN_OF)
         self.now = 0.0
-        self.plan: StepPlan | None = None
+        self.flights: deque[tuple[StepPlan, Any]] = deque()
         self.live: dict[str, Request] = {}
         self.computed: dict[str, int] = {}
         self.leases: dict[str, list[int]] = {}
@@ -209,28 +215,30 @@ class PrefillMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(set(self.leases) - set(self.live))))
         self.scheduler.release(self.leases.pop(request_id))
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.flights) < self.capacity.depth)
     @rule()
     def begin_pass(self) -> None:
-        self.plan = self.scheduler.plan(self.now)
-        if self.plan is None:
+        plan = self.scheduler.plan(self.now)
+        if plan is None:
             return
-        assert 0 < self.plan.tokens <= self.capacity.max_tokens
-        assert len(self.plan.chunks) <= self.capacity.max_sequences
-        if self.plan.tokens < self.capacity.max_tokens:
-            assert all(chunk.sample for chunk in self.plan.chunks)
+        assert 0 < plan.tokens <= self.capacity.max_tokens
+        assert len(plan.chunks) <= self.capacity.max_sequences
+        if plan.tokens < self.capacity.max_tokens:
+            assert all(chunk.sample for chunk in plan.chunks)
+        running = {chunk.sequence for other, _ in self.flights for chunk in other.chunks}
+        assert not running & {chunk.sequence for chunk in plan.chunks}, "in two plans at once"
+        self.flights.append((plan, self.executor.submit(plan)))
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.flights)
     @rule(broken=st.sampled_from([False] * 9 + [True]))
     def end_pass(self, broken: bool) -> None:
-        assert self.plan is not None
-        result = self.executor.execute(self.plan)
+        plan, handle = self.flights.popleft()
+        result = self.executor.result(handle)
         self.now += result.seconds
         if broken:
-            events = self.scheduler.fail(self.plan, self.now)
+            events = self.scheduler.fail(plan, self.now)
         else:
-            events = self.scheduler.apply(self.plan, result, self.now)
-        self.plan = None
+            events = self.scheduler.apply(plan, result, self.now)
         for event in events:
             match event:
                 case PrefillStarted(sequence):
@@ -262,13 +270,16 @@ class PrefillMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(2_000):
-            if self.plan is not None:
+            if len(self.flights) == self.capacity.depth:
                 self.end_pass(False)
             for request_id in set(self.leases) - set(self.live):
                 self.scheduler.release(self.leases.pop(request_id))
+            before = len(self.flights)
             self.begin_pass()
-            if self.plan is None:
-                break
+            if len(self.flights) == before:
+                if not self.flights:
+                    break
+                self.end_pass(False)
         assert not self.live
         load = self.scheduler.load()
         assert load == Load(0, 0, load.total_blocks, load.total_blocks)

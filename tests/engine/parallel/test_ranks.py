@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 
 import engine.parallel.load
 from baton.errors import ConfigError
-from baton.types import Sampling
-from engine.executor import ExecutorBroken
+from baton.types import Output, Request, Sampling, Stopping
+from engine.executor import ExecutorBroken, Pipeline
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
+from scheduling.decode import DecodeScheduler
+from scheduling.order import make_policy
 from scheduling.plan import Chunk, StepPlan
 from tests.engine.conftest import Driver, TinyModel
 from tests.engine.parallel.conftest import OPTIONS
@@ -72,6 +75,74 @@ def test_sampling_and_logprobs_are_those_of_one_rank(
     found, theirs = generate(ranks(name, tensor, pipeline))
     assert found == expected
     torch.testing.assert_close(torch.tensor(theirs), torch.tensor(logprobs), atol=1e-3, rtol=1e-3)
+
+
+def _generate(executor: TorchExecutor, requests: list[Request]) -> dict[str, list[int]]:
+    """What a scheduler and the executor generate, with as many plans in flight as there may be."""
+    scheduler = DecodeScheduler(executor.capacity, make_policy("fcfs"), max_waiting=100)
+    for request in requests:
+        scheduler.submit(request, 0.0)
+    flights: deque[tuple[StepPlan, Any]] = deque()
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    together = 0
+    while True:
+        if len(flights) < executor.capacity.depth and (plan := scheduler.plan(0.0)) is not None:
+            begun = executor.submit(plan) if isinstance(executor, Pipeline) else plan
+            flights.append((plan, begun))
+            together = max(together, len(flights))
+        elif flights:
+            plan, begun = flights.popleft()
+            result = (
+                executor.result(begun) if isinstance(executor, Pipeline) else executor.execute(plan)
+            )
+            for event in scheduler.apply(plan, result, 0.0):
+                if isinstance(event, Output):
+                    tokens[event.request_id] += event.token_ids
+        else:
+            break
+    assert together == executor.capacity.depth
+    return tokens
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("mistral", 1), ("qwen3", 2)])
+def test_passes_in_flight_in_the_stages_generate_what_one_rank_does(
+    model: Model, ranks: Ranks, name: str, tensor: int
+) -> None:
+    """With sampling, logprobs and prompts that are cut, of more sequences than one pass takes."""
+    requests = [
+        Request(
+            f"r{i}",
+            tuple((7 * i + j) % 199 for j in range(3 + 5 * i)),
+            Sampling(temperature=0.0 if i % 2 else 1.5, seed=i),
+            Stopping(max_tokens=8 - i),
+            prompt_logprobs=1 if i == 2 else None,
+        )
+        for i in range(5)
+    ]
+    one = load_executor(model(name).path, **OPTIONS)
+    expected = _generate(one, requests)
+    one.close()
+    executor = ranks(name, tensor, 2)
+    assert executor.capacity.depth == 2
+    assert _generate(executor, requests) == expected
+
+
+def test_outputs_and_plans_that_fill_the_line_do_not_wait_for_each_other(ranks: Ranks) -> None:
+    """The worker tells a rank of the next pass while that one tells it a long output; both more
+    than a socket's buffer holds."""
+    executor = ranks("mistral", 1, 2)
+    assert isinstance(executor, Pipeline)
+    driver = Driver(executor, budget=16)
+    plans = []
+    for _ in range(2):
+        told, long = driver.add([5] * 1200, 1, prompt_logprobs=0), driver.add([5] * 8, 1)
+        told.blocks, long.blocks, long.tokens = [0] * 150, [0] * 60_000, [5] * 480_000
+        chunks = Chunk(told, 0, 1200, sample=False), Chunk(long, 479_992, 8, sample=False)
+        plans.append(StepPlan(chunks))
+    handles = [executor.submit(plan) for plan in plans]
+    for handle in handles:
+        assert len(executor.result(handle).prompt_logprobs[0]) == 1199
+    executor.pool.clear([0])
 
 
 def test_ranks_fill_one_pool_as_one_rank_does(model: Model, ranks: Ranks) -> None:
