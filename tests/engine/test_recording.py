@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,18 @@ CAPACITY = Capacity(
 )
 
 
-def scheduler_for(config: Any, recorder: RunRecorder) -> Any:
+PIPELINE = replace(CAPACITY, blocks=60, depth=3)
+
+
+def scheduler_for(config: Any, recorder: RunRecorder, capacity: Capacity = CAPACITY) -> Any:
     """The scheduler of a worker that records."""
     cost = CostTracker()
     policy, most = policy_from(config, cost), config.max_waiting
     if isinstance(config, PrefillConfig):
-        return RecordedPrefillScheduler(CAPACITY, policy, recorder, max_waiting=most, cost=cost)
+        return RecordedPrefillScheduler(capacity, policy, recorder, max_waiting=most, cost=cost)
     rules = Rules.of(config)
     return RecordedDecodeScheduler(
-        CAPACITY, policy, recorder, max_waiting=most, rules=rules, cost=cost
+        capacity, policy, recorder, max_waiting=most, rules=rules, cost=cost
     )
 
 
@@ -157,6 +162,31 @@ CONFIGS = [
     DecodeConfig(policy="fcfs", preemption="swap", swapping="reactive"),
     DecodeConfig(policy="skip-join-mlfq", preemption="auto", batching="prefill-first"),
 ]
+
+
+@pytest.mark.parametrize("kind", [PrefillConfig, DecodeConfig])
+def test_runs_with_several_plans_in_flight_are_replayed(kind: Any, tmp_path: Path) -> None:
+    config = kind(policy="fcfs", record_run=tmp_path / "run.jsonl")
+    role, capacity = config.__class__.__name__.removesuffix("Config").lower(), PIPELINE
+    recorder = recorder_from(config, role, capacity, LinearCost())
+    assert recorder
+    with contextlib.closing(recorder):
+        scheduler = scheduler_for(config, recorder, capacity)
+        executor = CostModelExecutor(capacity, LinearCost(0.01, 0.001))
+        for i in range(6):
+            scheduler.submit(Request(f"r{i}", (i,) * (4 + 3 * i), Sampling(), Stopping(5)), 0.0)
+        flights: deque[Any] = deque()
+        while (plan := scheduler.plan(0.0)) is not None or flights:
+            if plan is not None:
+                flights.append((plan, executor.submit(plan)))
+            if plan is None or len(flights) == capacity.depth:
+                ended, handle = flights.popleft()
+                scheduler.apply(ended, executor.result(handle), 0.0)
+    lines = config.record_run.read_text().splitlines()
+    assert read_run(lines)[0].capacity == capacity
+    result = replay(lines)
+    assert result.difference is None
+    assert result.plans >= 6
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -123,6 +123,46 @@ def test_who_is_in_flight_does_not_give_way(make_request) -> None:
         assert worker.tokens[request.id, 0] == expected_tokens(request, 0, TOKEN_OF)
 
 
+def test_a_block_is_taken_and_used_in_one_plan_while_another_runs(capacity, make_request) -> None:
+    worker = Pipeline(replace(capacity, max_tokens=16))
+    for name, prompt in (("a", 2), ("b", 2), ("c", 4), ("d", 2)):
+        worker.submit(make_request(name, prompt=prompt, most=40))
+    worker.begin()
+    worker.end()
+    assert worker.begin() == {"a", "b"}
+    blocks = worker.scheduler._kv.blocks
+    blocks.allocate(blocks.free)
+    assert worker.begin() == {"c"}  # which has one of its own full
+    assert worker.scheduler.preemptions == 1
+
+
+def test_nobody_gives_way_for_blocks_that_are_about_to_be_free(capacity, make_request) -> None:
+    worker = Pipeline(replace(capacity, max_tokens=16, max_sequences=6))
+    for name in "abcdef":
+        worker.submit(make_request(name, prompt=4 if name == "d" else 2, most=40))
+    worker.begin()
+    worker.end()
+    assert worker.begin() == {"a", "b", "c"}
+    blocks = worker.scheduler._kv.blocks
+    blocks.allocate(blocks.free)
+    assert worker.scheduler.abort("f", worker.now)
+    assert (blocks.free, blocks.settling) == (0, 1)
+    assert worker.begin() == {"e"}  # while "d", which has its own one full, waits for that of "f"
+    assert worker.scheduler.preemptions == 0
+
+
+def test_blocks_of_who_has_ended_are_free_while_other_plans_run(capacity, make_request) -> None:
+    worker = Pipeline(capacity)
+    worker.generate(make_request, "ab", most=40)
+    worker.begin()
+    worker.begin()
+    free = worker.free
+    worker.scheduler.abort("a", worker.now)
+    assert worker.free == free
+    worker.end()
+    assert worker.free == free + 1
+
+
 def test_who_is_aborted_in_flight_ends_with_its_own_plan(capacity, make_request) -> None:
     worker = Pipeline(capacity)
     worker.generate(make_request, "ab", most=40)
