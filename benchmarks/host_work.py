@@ -53,10 +53,6 @@ PARTS = {  # in the order of a step
     "apply": "apply: what it means",
     "between": "between the verbs",
 }
-FORMER = {  # of records made when the event loop planned: what was between two passes then
-    "events": "events: accounts, messages, metrics",
-    "hops": "to the engine's thread and back, and waiting",
-}
 BESIDE = "sending, beside the pass (processor time)"
 POLICY = "predicted-srpt"
 
@@ -247,8 +243,8 @@ def table(records: list[Record]) -> Table:
     columns: dict[Setup, dict[str, float]] = {}
     for record in records:
         columns.setdefault(record.setup, {})[record.metric] = record.value
-    rows = [*PARTS.items(), *FORMER.items()]
-    rows += [("host", "all but the model"), ("step", "the step"), ("beside", BESIDE)]
+    ends = [("host", "all but the model"), ("step", "the step"), ("beside", BESIDE)]
+    rows = [*PARTS.items(), *ends]
     header = [""]
     for setup in columns:
         header += [f"{setup.backend}, {setup.threads} threads: ms", "of the step"]
