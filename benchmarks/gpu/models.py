@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,34 +17,32 @@ from engine.model.config import ModelConfig
 from engine.model.pool import KvGeometry, KvPool
 from engine.model.weights import Checkpoint
 from scheduling.plan import Capacity
+from scheduling.simulator.hardware import SHAPES as PUBLISHED
 
 _SPREAD = 0.02  # standard deviation of weights, as models are initialized
 
 
-def _llama_3_8b() -> PretrainedConfig:
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
+def _published(kind: type[PretrainedConfig], name: str, **more: Any) -> PretrainedConfig:
+    """The configuration of a shape that `baton plan` knows, too."""
+    shape = PUBLISHED[name]
+    return kind(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.max_context,
+        **more,
     )
+
+
+def _llama_3_8b() -> PretrainedConfig:
+    return _published(LlamaConfig, "llama-3-8b", rms_norm_eps=1e-5)
 
 
 def _mistral_7b() -> PretrainedConfig:
-    return MistralConfig(
-        vocab_size=32768,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        sliding_window=None,
-    )
+    return _published(MistralConfig, "mistral-7b", sliding_window=None)
 
 
 def _qwen3_06b() -> PretrainedConfig:

@@ -86,8 +86,8 @@ class GpuExecutor(TorchExecutor):
         self._ahead = ahead
         self._guess: Guess | None = None
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one pass, or take it from the one that runs already. Blocking, one at a time.
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """Run one pass, or take it from the one that runs already.
 
         The seconds of the result are the device's where the pass was foreseen, which may have been
         long ago, else those of the call."""

@@ -16,7 +16,7 @@ from engine.gpu.graphs import DecodeGraphs, DecodeRows
 from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
 from engine.gpu.transfer import Arriving, Stopwatch, to_device
-from engine.model.batch import ChunkRows, begun_blocks, build_batch
+from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
 from engine.model.logits import needs_adjustment
 from engine.model.pool import KvPool
 from engine.model.runner import prompt_logprobs_of
@@ -75,6 +75,7 @@ class Launcher:
         self._model, self._pool = model, pool
         self._device = pool.storage.device
         self._choice = DeviceChoice(self._device)
+        self._batches = BatchBuilder(pool.block_size)
         self._graphs = DecodeGraphs(model, pool, capacity)
 
     def record(self) -> None:
@@ -88,22 +89,20 @@ class Launcher:
         sampling = [chunk.sequence for chunk in chunks if chunk.sample]
         if len(sampling) == len(chunks) == plan.tokens and self._graphs.holds(len(chunks)):
             ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks])
-            rows = self._rows(sampling, [chunk.start for chunk in chunks])
-            logits = self._graphs.run(rows, to_device(ids, self._device))
+            logits = self._graphs.run(self._rows(plan.chunks), to_device(ids, self._device))
             return self._choose(chunks, sampling, logits)
-        batch, places = build_batch(plan, self._pool.block_size)
+        batch, places = self._batches.build(plan)
         batch = _on_device(batch, self._device)
         logits = self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
-        if any(place.prompt for place in places):
-            return Looked(self._look(chunks, places, batch, logits))
-        order = [
-            _row(place, batch.whole_rows)
-            for place in places
-            if place.sample is not None or place.best is not None
+        prompt = [
+            prompt_logprobs_of(chunk, place, logits)
+            for chunk, place in zip(chunks, places, strict=True)
         ]
-        if order != list(range(len(order))):
-            logits = logits[to_device(np.array(order), self._device)]
-        return self._choose(chunks, sampling, logits)
+        pairs = zip(chunks, places, strict=True)
+        order = [_row(place, batch.whole_rows) for chunk, place in pairs if chunk.sample]
+        if order != list(range(len(logits))):
+            logits = logits[to_device(np.array(order, dtype=np.int64), self._device)]
+        return self._choose(chunks, sampling, logits, prompt)
 
     def goes_on(self, count: int) -> bool:
         """Whether `go_on` takes so many sequences."""
@@ -114,54 +113,46 @@ class Launcher:
     ) -> tuple[Launched, Stopwatch]:
         """A pass over one token of each sequence, at these positions: `tokens[sources]`, which only
         the device knows."""
-        size = self._pool.block_size
-        begun = [
-            s.blocks[p // size] for s, p in zip(sequences, positions, strict=True) if not p % size
-        ]
-        self._clear(begun)
+        pairs = zip(sequences, positions, strict=True)
+        chunks = tuple(Chunk(sequence, at, 1, sample=True) for sequence, at in pairs)
+        self._clear(begun_blocks(StepPlan(chunks), self._pool.block_size))
         watch = Stopwatch(self._device)
         ids = tokens[to_device(np.array(sources), self._device)]
-        logits = self._graphs.run(self._rows(sequences, positions), ids)
-        chunks = [Chunk(s, p, 1, sample=True) for s, p in zip(sequences, positions, strict=True)]
-        offset = [p + 1 for p in positions]
-        launched = Launched(chunks, self._choice.draw(logits, sequences, offset), sequences)
+        logits = self._graphs.run(self._rows(chunks), ids)
+        lengths = [at + 1 for at in positions]
+        launched = Launched(chunks, self._choice.draw(logits, sequences, lengths), sequences)
         watch.stop()
         return launched, watch
 
-    def _choose(self, chunks: list[Chunk], sequences: list[Sequence], logits: Tensor) -> Launched:
-        if all(map(samples_on_device, sequences)):
+    def _choose(
+        self,
+        chunks: list[Chunk],
+        sequences: list[Sequence],
+        logits: Tensor,
+        prompt: Items[tuple[Logprob, ...]] = (),
+    ) -> Launched:
+        """The tokens of the sequences, those of the chunks that sample, from their logits [S,
+        vocab_size]: on the device, unless somebody wants more than tokens."""
+        if not any(prompt) and all(map(samples_on_device, sequences)):
             lengths = [len(sequence.tokens) for sequence in sequences]
             return Launched(chunks, self._choice.draw(logits, sequences, lengths), sequences)
-        tokens = iter(sample(logits, sequences, self._choice))
-        return Looked([(next(tokens) if chunk.sample else None, ()) for chunk in chunks])
-
-    def _look(
-        self, chunks: list[Chunk], places: tuple[ChunkRows, ...], batch: Batch, logits: Tensor
-    ) -> list[Result]:
-        """Sample, and read the prompt logprobs, now."""
-        sampling = [c.sequence for c in chunks if c.sample]
-        order = [_row(p, batch.whole_rows) for c, p in zip(chunks, places, strict=True) if c.sample]
-        tokens = iter(sample(logits[order], sampling, self._choice) if order else ())
-        return [
-            (next(tokens) if chunk.sample else None, prompt_logprobs_of(chunk, place, logits))
-            for chunk, place in zip(chunks, places, strict=True)
-        ]
+        tokens = iter(sample(logits, sequences, self._choice) if sequences else ())
+        logprobs = prompt or [()] * len(chunks)
+        pairs = zip(chunks, logprobs, strict=True)
+        return Looked([(next(tokens) if chunk.sample else None, found) for chunk, found in pairs])
 
     def _clear(self, blocks: list[int]) -> None:
         """Zero these blocks, before a sequence begins to fill them."""
         if blocks:
             clear(self._pool.storage, to_device(np.array(blocks), self._device))
 
-    def _rows(self, sequences: list[Sequence], positions: list[int]) -> DecodeRows:
-        """Where these tokens stand and what they see."""
+    def _rows(self, chunks: tuple[Chunk, ...]) -> DecodeRows:
+        """Where the tokens of these chunks, one each, stand and what they see."""
         size = self._pool.block_size
-        at = np.array(positions)
-        counts = at // size + 1
-        tables = np.zeros((len(sequences), int(counts.max())), dtype=np.int32)
-        for row, (sequence, count) in enumerate(zip(sequences, counts.tolist(), strict=True)):
-            tables[row, :count] = sequence.blocks[:count]
-        last = tables[np.arange(len(at)), at // size].astype(np.int64)
-        return DecodeRows(positions=at, slots=last * size + at % size, tables=tables)
+        at = np.array([chunk.start for chunk in chunks])
+        tables = self._batches.tables(chunks)
+        last = tables[np.arange(len(at)), at // size]
+        return DecodeRows(at, last * size + at % size, tables.astype(np.int32))
 
 
 def _row(place: ChunkRows, whole_rows: int) -> int:

@@ -28,9 +28,14 @@ class Memory:
     peak: int  # the most that this process's tensors took
     trial: int  # of that, the pool that the trial made
 
+    @property
+    def taken(self) -> int:
+        """By others, and by weights and passes."""
+        return self.others + self.peak - self.trial
+
     def room(self, share: float) -> int:
         """What KV may take if this worker and all others may take `share` of the device."""
-        return int(self.total * share) - self.others - (self.peak - self.trial)
+        return int(self.total * share) - self.taken
 
 
 def room_for_kv(trial: Callable[[], int], device: torch.device, share: float) -> int:
@@ -52,12 +57,12 @@ def room_for_kv(trial: Callable[[], int], device: torch.device, share: float) ->
     _log.info(
         "GPU memory: %.1f GiB in all, %.1f for weights and passes, %.1f for KV",
         total / 2**30,
-        (others + peak - trial_bytes) / 2**30,
+        memory.taken / 2**30,
         room / 2**30,
     )
     if room <= 0:
         raise ConfigError(
             f"--device-memory {share}: weights and passes take "
-            f"{(others + peak - trial_bytes) / 2**30:.1f} of {total / 2**30:.1f} GiB, no KV fits"
+            f"{memory.taken / 2**30:.1f} of {total / 2**30:.1f} GiB, no KV fits"
         )
     return room

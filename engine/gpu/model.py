@@ -21,20 +21,11 @@ from engine.gpu.kernels.rope import rotate_and_store
 from engine.gpu.linear import GpuLinear, linear
 from engine.gpu.ragged import Ragged
 from engine.model.config import ModelConfig
+from engine.model.fused import ACTIVATIONS
 from engine.model.llama import Shape, read_shape
 from engine.model.model import Output
-from engine.model.rope import Rope
+from engine.model.rope import Rope, Rotations
 from engine.model.weights import Checkpoint
-
-# Activations that the fused kernel knows, by transformers' names.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,35 +189,3 @@ class Layer:
     def mlp(self, x: Tensor) -> Tensor:
         """The gated MLP: x [T, hidden], normalized already."""
         return self._down(gated(self._gate_up(x), self._activation))
-
-
-class Rotations:
-    """A table of rotations on the device, grown as sequences get longer; for variants of RoPE that
-    depend on the length of a sequence, one row per token instead."""
-
-    def __init__(self, rope: Rope) -> None:
-        self._rope = rope
-        self._table: Tensor | None = None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether a position alone says its rotation."""
-        return self._rope.fixed
-
-    def upto(self, positions: int) -> Tensor:
-        """The table, of that many positions at least. One that was given out before stays as it
-        is, and may be shorter."""
-        known = 0 if self._table is None else len(self._table)
-        if known < positions:
-            more = self._rope.table(known, max(positions, 2 * known))
-            self._table = more if self._table is None else torch.cat((self._table, more))
-        assert self._table is not None
-        return self._table
-
-    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rotations, and each token's row of them, [T] int64."""
-        if not self.fixed:
-            rows = torch.arange(len(batch.token_ids), device=batch.token_ids.device)
-            return self._rope.rotations(batch), rows
-        ends = map(sum, zip(batch.starts, batch.lengths, strict=True))
-        return self.upto(max(ends)), batch.positions

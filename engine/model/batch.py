@@ -62,7 +62,7 @@ class BatchBuilder:
         whole: list[int] = []  # rows of the flat batch of which all logits are wanted
         best: list[int] = []
         rows = self._rows(chunks, whole, best)
-        tables = self._tables.of(chunks, self._block_size)
+        tables = self.tables(chunks)
         flat = torch.from_numpy(np.array((token_ids, positions, slots), dtype=np.int64)).to(device)
         wanted = torch.from_numpy(np.array(whole + best, dtype=np.int64)).to(device)
         batch = Batch(
@@ -77,6 +77,10 @@ class BatchBuilder:
             whole_rows=len(whole),
         )
         return batch, rows
+
+    def tables(self, chunks: tuple[Chunk, ...]) -> NDArray[np.int64]:
+        """The block tables of a pass, [S, width]: rows end in repeats of their last block."""
+        return self._tables.of(chunks, self._block_size)
 
     def _slots(self, blocks: list[int], start: int, length: int) -> list[int]:
         """Where the KV of each token goes: block * block_size + offset."""

@@ -89,7 +89,6 @@ def load_executor(
         host_blocks=host_kv_memory // geometry.block_bytes,
         depth=pipeline_parallel,
     )
-
     if options.ranks > 1:
         share = share or OwnMemory
 
@@ -101,14 +100,12 @@ def load_executor(
             _start_ranks(built.model, pool, memory)
         return _executor(built, pool, capacity, swap_bandwidth, ahead=ahead)
 
-    if not kv_blocks:
-        if not kv_memory:
-            kv_memory = _KV_MEMORY
-            if built.fused and torch.device(device).type == "cuda":
-                kv_memory = _free_memory(run, capacity, torch.device(device), device_memory)
-        blocks = _blocks(geometry, kv_memory, max_batch_sequences, context)
-        capacity = replace(capacity, blocks=blocks)
-    return run(capacity)
+    if kv_blocks:
+        return run(capacity)
+    if not kv_memory and built.fused and torch.device(device).type == "cuda":
+        kv_memory = _free_memory(run, capacity, torch.device(device), device_memory)
+    blocks = _blocks(geometry, kv_memory or _KV_MEMORY, max_batch_sequences, context)
+    return run(replace(capacity, blocks=blocks))
 
 
 def _executor(

@@ -95,3 +95,35 @@ class Rope:
         compute = ROPE_INIT_FUNCTIONS[self._variant]
         frequencies, scaling = compute(self._config, self._device, seq_len=length)
         return frequencies.float(), float(scaling)
+
+
+class Rotations:
+    """A table of rotations, grown as sequences get longer; for variants of RoPE that
+    depend on the length of a sequence, one row per token instead."""
+
+    def __init__(self, rope: Rope) -> None:
+        self._rope = rope
+        self._table: Tensor | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a position alone says its rotation."""
+        return self._rope.fixed
+
+    def upto(self, positions: int) -> Tensor:
+        """The table, of that many positions at least. One that was given out before stays as it
+        is, and may be shorter."""
+        known = 0 if self._table is None else len(self._table)
+        if known < positions:
+            more = self._rope.table(known, max(positions, 2 * known))
+            self._table = more if self._table is None else torch.cat((self._table, more))
+        assert self._table is not None
+        return self._table
+
+    def of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rotations, and each token's row of them, [T] int64."""
+        if not self.fixed:
+            rows = torch.arange(len(batch.token_ids), device=batch.token_ids.device)
+            return self._rope.rotations(batch), rows
+        ends = map(sum, zip(batch.starts, batch.lengths, strict=True))
+        return self.upto(max(ends)), batch.positions

@@ -14,6 +14,7 @@ from baton import cores
 from baton.errors import ModelError
 from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
+from engine.model.fused import FAMILY, hindrance
 from engine.model.model import PagedModel
 from engine.model.options import ModelOptions
 from engine.model.sampler import Choice, choose
@@ -24,10 +25,7 @@ from engine.native.select import QUANTIZATIONS, select_library, step_dtype
 _logger = logging.getLogger(__name__)
 
 _NATIVE = {
-    "LlamaForCausalLM": "engine.model.llama:Llama",
-    "MistralForCausalLM": "engine.model.llama:Llama",
-    "Qwen2ForCausalLM": "engine.model.llama:Llama",
-    "Qwen3ForCausalLM": "engine.model.llama:Llama",
+    **dict.fromkeys(FAMILY, "engine.model.llama:Llama"),
     "OPTForCausalLM": "engine.model.opt:Opt",
 }
 _SCALED_KV = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -69,10 +67,9 @@ def _fuses(config: ModelConfig, options: ModelOptions) -> bool:
     if not asked and (options.attention_backend != "auto" or device.type != "cuda"):
         return False
     from engine.gpu.kernels.launch import require
-    from engine.gpu.select import hindrance
 
     require(device)
-    reason = hindrance(config)
+    reason = hindrance(config, ("head_dim",))
     if reason:
         _logger.info("fused GPU pass: %s; torch runs the step around Triton's attention", reason)
     return not reason

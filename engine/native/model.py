@@ -11,27 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from engine.attention.contract import Batch, KvCache
 from engine.model.config import ModelConfig
+from engine.model.fused import ACTIVATIONS
 from engine.model.llama import Shape, read_shape
 from engine.model.model import Output
-from engine.model.rope import Rope
+from engine.model.rope import Rope, Rotations
 from engine.model.weights import Checkpoint
 from engine.native import library
 from engine.native.library import Activation, BatchView, Format, Isa, Library, Matrix, Times, Vector
 from engine.native.sampling import CompiledChoice
 from engine.native.step import FORMATS, CompiledStep
 
-ACTIVATIONS = {
-    "silu": Activation.SILU,
-    "swish": Activation.SILU,
-    "gelu": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "relu": Activation.RELU,
-}
 _FIRST_ROTATIONS = 2048  # positions that the table of a fixed RoPE begins with
 
 
@@ -62,8 +54,9 @@ class CompiledLlama:
         self.head_dim = shape.head_dim
         self.max_context = config.max_context
         self.times: Times | None = None  # set one to have every pass write its times there
-        self._rope = Rope(config.source, shape.head_dim, torch.float32, "cpu")
-        self._rotations = self._rope.table(0, _FIRST_ROTATIONS) if self._rope.fixed else None
+        self._rotations = Rotations(Rope(config.source, shape.head_dim, torch.float32, "cpu"))
+        if self._rotations.fixed:
+            self._rotations.upto(_FIRST_ROTATIONS)
         self._step = CompiledStep(
             lib, _shape(config, shape, options), threads=options.threads, isa=options.isa
         )
@@ -90,7 +83,8 @@ class CompiledLlama:
         if whole:
             targets[:whole] = torch.arange(whole, dtype=torch.int32)
         spans = np.array((batch.starts, batch.lengths), dtype=np.int32)
-        rotations, rotation_rows = self._rotate(batch)
+        rotations, rotation_rows = self._rotations.of(batch)
+        rotation_rows = rotation_rows.to(torch.int32)
         view = BatchView(
             tokens=len(batch.token_ids),
             sequences=len(batch.starts),
@@ -114,18 +108,6 @@ class CompiledLlama:
         best, best_logits = best[whole:], best_logits[whole:]
         return Output(logits, best.masked_fill_(best_logits == -torch.inf, -1))
 
-    def _rotate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A table of rotations, and each token's row of it, [T] int32."""
-        if self._rotations is None:
-            tokens = len(batch.token_ids)
-            return self._rope.rotations(batch), torch.arange(tokens, dtype=torch.int32)
-        ends = map(sum, zip(batch.starts, batch.lengths, strict=True))
-        known, needed = len(self._rotations), max(ends)
-        if needed > known:
-            more = self._rope.table(known, max(needed, 2 * known))
-            self._rotations = torch.cat((self._rotations, more))
-        return self._rotations, batch.positions.to(torch.int32)
-
 
 def _shape(config: ModelConfig, shape: Shape, options: StepOptions) -> library.Shape:
     weights = options.quantization or FORMATS[options.dtype]
@@ -137,7 +119,7 @@ def _shape(config: ModelConfig, shape: Shape, options: StepOptions) -> library.S
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         vocabulary=config.vocab_size,
-        activation=ACTIVATIONS[config.source.hidden_act],
+        activation=Activation[ACTIVATIONS[config.source.hidden_act].upper()],
         weights=weights,
         # An error of the head is one of the logits: four bits there cost half as much again.
         head=Format.INT8 if weights is Format.INT4 else weights,

@@ -8,16 +8,12 @@ import torch
 
 from baton.errors import ConfigError
 from engine.model.config import ModelConfig
-from engine.model.llama import read_shape
+from engine.model.fused import hindrance
 from engine.model.options import ModelOptions
 from engine.native.library import Format, Library, load
-from engine.native.model import ACTIVATIONS
 
 _logger = logging.getLogger(__name__)
 
-FAMILY = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-)
 QUANTIZATIONS = {"none": None, "int8": Format.INT8, "int4": Format.INT4}
 # What --dtype auto makes of a checkpoint's own format; float32 of any other. The library has no
 # float16; it widens bfloat16 in registers on processors that cannot multiply it.
@@ -70,15 +66,4 @@ def _hindrance(config: ModelConfig, options: ModelOptions) -> str:
         return f"it has no {options.quantization} weights"
     if options.kv_dtype == "fp8":
         return "--kv-dtype fp8"
-    if config.architecture not in FAMILY:
-        return f"{config.architecture} is not of the Llama family"
-    shape = read_shape(config)
-    if config.source.hidden_act not in ACTIVATIONS:
-        return f"activation {config.source.hidden_act}"
-    sizes = {
-        "head_dim": shape.head_dim,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-    }
-    odd = [f"{name} {size} is no multiple of 16" for name, size in sizes.items() if size % 16]
-    return ", ".join(odd)
+    return hindrance(config, ("head_dim", "hidden_size", "intermediate_size"))

@@ -9,32 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 from triton.runtime.interpreter import GridExecutor
 
 from tests.e2e.conftest import name_every_token
-from tests.engine.conftest import TinyModel, save_model
+from tests.engine.conftest import VOCAB, TinyModel, one_layer, save_model
 
 Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """One layer, and few heads: the interpreter is slow."""
-    config = LlamaConfig(
-        vocab_size=199,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = save_model(config, tmp_path_factory.mktemp("small"))
+    """A model that the interpreter gets through."""
+    model = save_model(one_layer(VOCAB), tmp_path_factory.mktemp("small"))
     name_every_token(Path(model.path))
     return model
 

@@ -105,6 +105,23 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+def one_layer(vocab_size: int) -> PretrainedConfig:
+    """A Llama of one layer and few heads, for Triton's interpreter, which is slow."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
 COMPILED = pytest.mark.skipif(load() is None, reason="the compiled backend was not built here")
 _FAMILY = ("llama", "mistral", "qwen", "rope")
 

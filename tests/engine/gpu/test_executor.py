@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
 from baton.types import Sampling
 from engine.gpu.executor import GpuExecutor
+from tests.engine.conftest import one_layer
 
 Make = Callable[..., Any]
 
@@ -23,21 +23,8 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 
 @pytest.fixture(scope="module")
 def small(save: Make, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One layer, and few heads: the interpreter is slow."""
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return save(config, tmp_path_factory.mktemp("small"))
+    """A model that the interpreter gets through."""
+    return save(one_layer(67), tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
