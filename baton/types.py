@@ -79,7 +79,8 @@ class Request:
     `logprobs` and `prompt_logprobs` count alternatives; None means none are reported at all.
     `arrived_at` and `deadline` are seconds on the clock of the process that holds the request;
     `waited` is how old it was when it came there, as clocks of two hosts never meet. `tenant` is
-    an opaque key: who has the same shares a worker's batch with those of the same.
+    an opaque key: who has the same shares a worker's batch with those of the same. KV of a prefix
+    is reused among requests of one tenant with the same `cache_salt`, unless `bypass_cache`.
     """
 
     id: str
@@ -96,6 +97,8 @@ class Request:
     prior_outputs: tuple[PriorOutput, ...] = ()
     estimate: LengthEstimate | None = None  # None: nothing was predicted
     tenant: str = ""
+    cache_salt: str = ""
+    bypass_cache: bool = False  # neither finds KV of others nor leaves any to them
 
     def prior(self, index: int) -> PriorOutput:
         """What earlier attempts generated for sequence `index`."""

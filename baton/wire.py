@@ -87,6 +87,8 @@ def request_to_proto(request: Request, now: float) -> worker_pb2.EngineRequest:
         priority=request.priority,
         level=request.level,
         tenant=request.tenant,
+        cache_salt=request.cache_salt,
+        bypass_prefix_cache=request.bypass_cache,
         age=duration(now - request.arrived_at + request.waited),
         prior_outputs=[
             worker_pb2.PriorOutput(token_ids=p.token_ids, finished=p.finished)
@@ -117,6 +119,8 @@ def request_from_proto(message: worker_pb2.EngineRequest, now: float) -> Request
         priority=message.priority,
         level=message.level,
         tenant=message.tenant,
+        cache_salt=message.cache_salt,
+        bypass_cache=message.bypass_prefix_cache,
         arrived_at=now,
         waited=seconds(message.age),
         deadline=now + seconds(message.time_left) if message.HasField("time_left") else None,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
-from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2
 
 from baton import wire
@@ -27,6 +26,7 @@ from baton.internal.v1.worker_pb2 import (
     AttachKv,
     DecodeRequest,
     KvRef,
+    LocalPrefill,
     Prefilled,
     PrefillRequest,
     PrefillResponse,
@@ -144,7 +144,7 @@ class Attempt:
                         prefilled = response.prefilled
                         peer.rest.well()
                         waited = asked_at - session.job.request.arrived_at
-                        self._time_prefill(waited, prefilled.queued, prefilled.computed)
+                        self._note_prefill(waited, prefilled)
                         return prefilled
         except grpc.aio.AioRpcError as error:
             self._refused_by(peer, error)
@@ -161,12 +161,13 @@ class Attempt:
                 peer.rest.fault(time.monotonic())
                 raise WorkerFailed(f"prefill worker {peer.record.id}: {code.name}") from error
 
-    def _time_prefill(self, waited: float, queued: Duration, computed: Duration) -> None:
+    def _note_prefill(self, waited: float, told: Prefilled | LocalPrefill) -> None:
         """Note how the first token came to be; later attempts prefill again, for later ones."""
         if not self._session.generated:
             stages = self._session.stages
-            stages.queue = waited + wire.seconds(queued)
-            stages.prefill = wire.seconds(computed)
+            stages.queue = waited + wire.seconds(told.queued)
+            stages.prefill = wire.seconds(told.computed)
+            self._session.cached_tokens = told.cached_tokens
 
     def _attach(self, kv: KvRef) -> None:
         self._workers.decode.send(DecodeRequest(attach=AttachKv(slot=self._slot, kv=kv)))
@@ -240,8 +241,7 @@ class Attempt:
             case "prompt_logprobs":
                 self._session.accept_prompt_logprobs(event.prompt_logprobs.logprobs)
             case "local_prefill":
-                told = event.local_prefill
-                self._time_prefill(stages.queue, told.queued, told.computed)
+                self._note_prefill(stages.queue, event.local_prefill)
 
     def on_lost(self, reason: str) -> None:
         """The stream broke."""

@@ -137,6 +137,7 @@ async def _assemble(session: Session) -> GenerateUnaryResponse:
                 response.finished.append(part.finished)
             case "usage":
                 response.usage.CopyFrom(part.usage)
+                response.accepted.cached_tokens = part.usage.cached_tokens
     response.outputs.extend(outputs)
     response.finished.sort(key=lambda finished: finished.index)
     return response

@@ -79,6 +79,7 @@ class Session:
         self.job = job
         self.state = State.QUEUED
         self.stages = Stages()
+        self.cached_tokens = 0  # of the prompt, when it was first computed
         self.outputs = [SequenceOutput(i, job, tokenizer) for i in range(job.request.sampling.n)]
         self.error: Exception | None = None
         self.done = asyncio.Event()
@@ -225,6 +226,7 @@ class Session:
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
+            cached_tokens=self.cached_tokens,
         )
 
     def _finished(self, sequence: SequenceOutput) -> Finished:

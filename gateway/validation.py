@@ -72,6 +72,8 @@ class Validator:
             stopping=stopping,
             priority=message.priority,
             tenant=tenant_key(tenant),
+            cache_salt=message.cache.salt,
+            bypass_cache=message.cache.bypass_prefix_cache,
             arrived_at=now,
             logprobs=self._logprobs(fields, message.response, "response.logprobs"),
             prompt_logprobs=self._logprobs(fields, message.response, "response.prompt_logprobs"),

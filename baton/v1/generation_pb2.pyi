@@ -693,14 +693,17 @@ Global___ResponseOptions: _TypeAlias = ResponseOptions  # noqa: Y015
 
 @_typing.final
 class CacheOptions(_message.Message):
-    """KV-cache options; nothing to do where there is no prefix cache."""
+    """KV-cache options; nothing to do where there is no prefix cache. KV is reused
+    among requests of one tenant with one salt. A request that asks for prompt
+    logprobs has its whole prompt computed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     bypass_prefix_cache: _builtins.bool
-    """Do not reuse cached prefixes."""
+    """Do not reuse cached prefixes, nor leave this one's to others."""
     salt: _builtins.str
     """Namespaces the prefix-cache key."""
     def __init__(
@@ -782,7 +785,7 @@ class Accepted(_message.Message):
     prompt_tokens: _builtins.int
     """Prompt length."""
     cached_tokens: _builtins.int
-    """Prompt tokens found in the cache."""
+    """As in Usage, where it is known already: not on a stream."""
     @_builtins.property
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
         """One entry per prompt token, if asked for; the first has no logprob. Accepted
@@ -1003,7 +1006,9 @@ class Usage(_message.Message):
     total_tokens: _builtins.int
     """Sum."""
     cached_tokens: _builtins.int
-    """Prompt tokens served from cache."""
+    """Prompt tokens served from cache: nothing was computed for them before the
+    first output token.
+    """
     reasoning_tokens: _builtins.int
     """Generated tokens that were reasoning."""
     accepted_draft_tokens: _builtins.int

@@ -63,6 +63,8 @@ requests = st.builds(
     prior_outputs=st.lists(st.builds(PriorOutput, tokens, st.booleans()), max_size=3).map(tuple),
     deadline=st.none() | st.integers(5, 1000).map(float),
     estimate=st.none() | st.builds(LengthEstimate, st.integers(0, 2**31), st.integers(0, 2**31)),
+    cache_salt=st.text(max_size=3),
+    bypass_cache=st.booleans(),
 )
 logprobs = st.builds(
     Logprob,

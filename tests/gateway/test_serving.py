@@ -59,6 +59,25 @@ async def test_unary_returns_everything_at_once(pair, expected):
     assert len(answer.message.outputs[0].token_ids) == 8
 
 
+async def test_prompt_tokens_from_a_cache_are_told_in_the_usage(pair):
+    pair.p.cached_tokens = 3
+    events = await collect(pair.client.generate("hello", max_tokens=3))
+    assert events[-1].message.cached_tokens == 3
+    answer = await pair.client.generate_unary("hello", max_tokens=3)
+    assert answer.message.usage.cached_tokens == 3
+    assert answer.message.accepted.cached_tokens == 3
+
+
+async def test_workers_are_told_whose_prefixes_a_request_may_use(pair):
+    cache = {"salt": "mine", "bypass_prefix_cache": True}
+    await pair.client.generate_unary("hello", max_tokens=3, cache=cache)
+    await pair.client.generate_unary("hello", max_tokens=3)
+    first, second = pair.p.requests
+    assert (first.request.cache_salt, first.request.bypass_prefix_cache) == ("mine", True)
+    assert (second.request.cache_salt, second.request.bypass_prefix_cache) == ("", False)
+    assert pair.d.started[0].request.cache_salt == "mine"
+
+
 async def test_chat_and_token_ids_are_inputs_too(pair, expected):
     events = await collect(pair.client.chat("hi", max_tokens=3))
     assert text_of(events) == expected(3)

@@ -92,6 +92,7 @@ class FakePrefill(FakeWorker, worker_pb2_grpc.PrefillServiceServicer):
     def __init__(self, *args) -> None:
         super().__init__(Role.PREFILL, *args)
         self.delay = 0.0
+        self.cached_tokens = 0  # as it tells
         self.failures: list[Exception] = []
         self.requests: list[worker_pb2.PrefillRequest] = []
         self.cancelled = 0
@@ -113,7 +114,9 @@ class FakePrefill(FakeWorker, worker_pb2_grpc.PrefillServiceServicer):
             )
             await asyncio.sleep(self.delay)
             prefilled = worker_pb2.Prefilled(
-                first=first_output(work, prior), computed=wire.duration(0.25)
+                first=first_output(work, prior),
+                computed=wire.duration(0.25),
+                cached_tokens=self.cached_tokens,
             )
             if work.HasField("prompt_logprobs"):
                 prefilled.prompt_logprobs.extend(

@@ -44,6 +44,8 @@ class EngineRequest(_message.Message):
     TIME_LEFT_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Caller-visible id."""
     max_tokens: _builtins.int
@@ -62,6 +64,10 @@ class EngineRequest(_message.Message):
     """Opaque key of its tenant: a worker is shared among those with different
     ones.
     """
+    cache_salt: _builtins.str
+    """Namespace of its prefixes among those of its tenant."""
+    bypass_prefix_cache: _builtins.bool
+    """Use no cached prefix, and leave none."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, at least one token."""
@@ -115,10 +121,12 @@ class EngineRequest(_message.Message):
         time_left: _duration_pb2.Duration | None = ...,
         age: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
+        cache_salt: _builtins.str = ...,
+        bypass_prefix_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "age", b"age", "estimate", b"estimate", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "time_left", b"time_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "age", b"age", "eos_token_ids", b"eos_token_ids", "estimate", b"estimate", "level", b"level", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prior_outputs", b"prior_outputs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "time_left", b"time_left"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "age", b"age", "bypass_prefix_cache", b"bypass_prefix_cache", "cache_salt", b"cache_salt", "eos_token_ids", b"eos_token_ids", "estimate", b"estimate", "level", b"level", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prior_outputs", b"prior_outputs", "priority", b"priority", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "time_left", b"time_left"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -283,6 +291,9 @@ class Prefilled(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     COMPUTED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    cached_tokens: _builtins.int
+    """Prompt tokens whose KV was there already."""
     @_builtins.property
     def first(self) -> Global___StepOutput:
         """The first token and what goes with it; finish_reason set if it is also the
@@ -308,10 +319,11 @@ class Prefilled(_message.Message):
         prompt_logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
         queued: _duration_pb2.Duration | None = ...,
         computed: _duration_pb2.Duration | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "first", b"first", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "first", b"first", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed", b"computed", "first", b"first", "prompt_logprobs", b"prompt_logprobs", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -848,6 +860,9 @@ class LocalPrefill(_message.Message):
 
     QUEUED_FIELD_NUMBER: _builtins.int
     COMPUTED_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    cached_tokens: _builtins.int
+    """Prompt tokens whose KV was there already."""
     @_builtins.property
     def queued(self) -> _duration_pb2.Duration:
         """Time from arrival at the worker to the first chunk's pass."""
@@ -861,10 +876,11 @@ class LocalPrefill(_message.Message):
         *,
         queued: _duration_pb2.Duration | None = ...,
         computed: _duration_pb2.Duration | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed", b"computed", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
