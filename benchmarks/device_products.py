@@ -34,7 +34,7 @@ class Product:
             self._scales = integers.scales[:, 0].float()
         else:
             floats = quantize_fp8(weight)
-            self._weight, self._scales = floats.values.float(), floats.scales
+            self._weight, self._scales = floats.values.float(), floats.scales[:, 0]
         self._tiled = self._weight.to(weight.dtype).float()  # tiles multiply in x's format
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Product:
         if self._scales is not None:
             found *= self._scales
         if rows is not None:
-            found *= rows[:, None]
+            found *= rows
         return found.to(x.dtype)
 
 

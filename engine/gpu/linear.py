@@ -30,6 +30,7 @@ from engine.quantization.groupwise import (
     quantize,
     quantize_fp8,
 )
+from engine.quantization.stored import narrowed
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class Int4:
 
 
 class Fp8:
-    """Weights in fp8, with a scale per output; activations too where that pays."""
+    """Weights in fp8, with a scale per output or per group of inputs; activations too where there
+    is one per output and that pays."""
 
     def __init__(self, weight: Fp8Quantized, bias: Tensor | None = None) -> None:
         self._values, self._scales = weight.values.contiguous(), weight.scales.contiguous()
@@ -156,15 +158,32 @@ def linear(
     stored = _stored(checkpoint, parts, into)
     if stored is not None:
         return _of(stored, bias)
-    weight = torch.cat([checkpoint(name, size, into) for name, size in parts])
     if quantization == "none":
-        return Dense(weight, bias)
+        return Dense(torch.cat([checkpoint(name, size, into) for name, size in parts]), bias)
+    made = _together([_made(checkpoint, name, size, into, quantization) for name, size in parts])
+    assert made is not None
+    return _of(made, bias)
+
+
+def _made(
+    checkpoint: Checkpoint, name: str, out: int, into: int, quantization: str
+) -> GroupQuantized | Fp8Quantized:
+    """Weight `name` [out, in], quantized. On several ranks each has a part of what one would have,
+    scales included."""
+    weight, inputs = checkpoint.with_all_inputs(name, out, into)
+    whole: GroupQuantized | Fp8Quantized
     if quantization == "fp8":
-        return Fp8(quantize_fp8(weight), bias)
-    if quantization == "int8":
-        return Int8(quantize(weight, 8, into), bias)
-    group_size = next((size for size in _GROUP_SIZES if into % size == 0), into)
-    return Int4(quantize(weight, 4, group_size), bias)
+        whole = quantize_fp8(weight)
+    elif quantization == "int8":
+        whole = quantize(weight, 8, weight.shape[1])
+    else:
+        size = next((size for size in _GROUP_SIZES if weight.shape[1] % size == 0), 0)
+        whole = quantize(weight, 4, size or weight.shape[1])
+    if len(inputs) == weight.shape[1]:
+        return whole
+    part = narrowed(whole, inputs)
+    assert part is not None  # there are no blocks
+    return part
 
 
 def _check(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], quantization: str) -> None:
@@ -185,26 +204,34 @@ def _stored(
     alike, or not as kernels can use them."""
     if not all(checkpoint.is_quantized(name) for name, _ in parts):
         return None
-    found = [checkpoint.quantized(name, size, into) for name, size in parts]
-    whole: GroupQuantized | Fp8Quantized | None = None
-    groups = [part for part in found if isinstance(part, GroupQuantized)]
-    floats = [part for part in found if isinstance(part, Fp8Quantized)]
-    if len(groups) == len(found):
-        together = concatenated(groups)
-        if together is not None and _usable(together):
-            whole = together
-    elif len(floats) == len(found):
-        values = torch.cat([part.values.view(torch.uint8) for part in floats])
-        scales = torch.cat([part.scales for part in floats])
-        whole = Fp8Quantized(values.view(torch.float8_e4m3fn), scales)
-    if whole is None:
-        _logger.info("%s: no product takes it as it is stored; dense weights", parts[0][0])
-    return whole
+    whole = _together([checkpoint.quantized(name, size, into) for name, size in parts])
+    if whole is not None and _usable(whole):
+        return whole
+    _logger.info("%s: no product takes it as it is stored; dense weights", parts[0][0])
+    return None
 
 
-def _usable(weight: GroupQuantized) -> bool:
+def _together(
+    parts: Sequence[GroupQuantized | Fp8Quantized | None],
+) -> GroupQuantized | Fp8Quantized | None:
+    """Weights of the same inputs, one below the other; None if their formats differ."""
+    groups = [part for part in parts if isinstance(part, GroupQuantized)]
+    if len(groups) == len(parts):
+        return concatenated(groups)
+    floats = [part for part in parts if isinstance(part, Fp8Quantized)]
+    if len(floats) < len(parts) or len({part.scales.shape[1] for part in floats}) > 1:
+        return None
+    values = torch.cat([part.values.view(torch.uint8) for part in floats])
+    scales = torch.cat([part.scales for part in floats])
+    return Fp8Quantized(values.view(torch.float8_e4m3fn), scales)
+
+
+def _usable(weight: GroupQuantized | Fp8Quantized) -> bool:
+    if isinstance(weight, Fp8Quantized):
+        into = weight.shape[1]
+        return supports_int8(into, into // weight.scales.shape[1])
     supports = supports_int4 if weight.bits == 4 else supports_int8
-    return supports(weight.shape[1], weight.group_size)
+    return supports(weight.columns, weight.group_size)
 
 
 def _of(weight: GroupQuantized | Fp8Quantized, bias: Tensor | None) -> GpuLinear:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from baton.errors import ModelError
 from engine.model.mapped import MappedFile
-from engine.quantization.checkpoints import SCALE_SUFFIXES, Files, QuantizedWeights
+from engine.quantization.checkpoints import SCALE_SUFFIXES, QuantizedWeights
 from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
+from engine.quantization.reader import Files
 from engine.quantization.scheme import OLD_FILE, Scheme, read_scheme
+from engine.quantization.window import Window, span
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -53,7 +55,7 @@ class Checkpoint:
         self.scheme: Scheme | None = read_scheme(path)
         self._quantized: QuantizedWeights | None = None
         if self.scheme is not None:
-            files = Files(path, self._where.keys(), self._read, self._dtype)
+            files = Files(path, self._where.keys(), self._view, self._dtype)
             self._quantized = QuantizedWeights(files, self.scheme)
         self.dtype = dtype or self._stored_dtype()
         self.device = device
@@ -65,16 +67,25 @@ class Checkpoint:
         """Whether weight `name` is stored quantized."""
         return self._quantized is not None and name in self._quantized
 
-    def quantized(self, name: str, out: int, into: int) -> GroupQuantized | Fp8Quantized | None:
-        """Weight `name` [out, in] as it is stored, on `device`, for products that can use that.
+    def quantized(
+        self, name: str, out: int, into: int, window: Window | None = None
+    ) -> GroupQuantized | Fp8Quantized | None:
+        """Weight `name` [out, in], or a window of it, as it is stored, on `device`, for products
+        that can use that.
 
         None if it is not quantized, or in a form that only dense weights can have. Raises as a
         call does.
         """
         if self._quantized is None or name not in self._quantized:
             return None
-        found = self._quantized.quantized(name, out, into)
+        found = self._quantized.quantized(name, out, into, window)
         return None if found is None else found.to(self.device)
+
+    def with_all_inputs(self, name: str, out: int, into: int) -> tuple[Tensor, range]:
+        """Weight `name` [out, in] as a call gives it, but with all inputs that the model has there,
+        and which of them the call gives: one rank's, say, whose scales shall be those of the whole.
+        Raises as a call does."""
+        return self(name, out, into), range(into)
 
     def _stored_dtype(self) -> torch.dtype:
         for name in self._where:
@@ -97,19 +108,21 @@ class Checkpoint:
         self._check(name, tuple(found.shape), shape, found.dtype)
         return found.to(device=self.device, dtype=self.dtype, copy=True)
 
-    def mapped(self, name: str, *shape: int) -> Tensor:
-        """Tensor `name` where it lies in the file, in its stored dtype; never write to it.
+    def mapped(self, name: str, *shape: int, window: Window | None = None) -> Tensor:
+        """Tensor `name`, or a window of it, where it lies in the file, in its stored dtype; never
+        write to it.
 
         It stays mapped for as long as the tensor lives. A quantized weight is a float32 tensor in
         memory of its own. Raises as a call does.
         """
         if self._quantized is not None and name in self._quantized:
-            return self._quantized.dense(name, *shape)
+            return self._quantized.dense(name, *shape, window=window)
         if name not in self._where:
             raise ModelError(f"{self.path}: tensor {name!r} is missing")
         found = self._map(name).entry(name)
         self._check(name, found.shape, shape, found.dtype)
-        return self._map(name).tensor(name)
+        tensor = self._map(name).tensor(name)
+        return tensor if window is None else tensor[span(window.outputs), span(window.inputs)]
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor `name` in its file, of a quantized weight that of what it means. Raises
@@ -127,6 +140,13 @@ class Checkpoint:
             parts = self._quantized.parts(name)
         for part in parts:
             self._map(part).forget(part)
+
+    def _view(self, name: str) -> Tensor:
+        """A tensor of any kind, where it lies in the file if that can be."""
+        entry = self._map(name).entry(name)
+        if entry.dtype is None or 0 in entry.shape:
+            return self._read(name)
+        return self._map(name).tensor(name)
 
     def _dtype(self, name: str) -> torch.dtype | None:
         return self._map(name).entry(name).dtype

@@ -7,6 +7,7 @@ one sum over the shards. Embedding and head are divided by rows of the vocabular
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from engine.model.model import Output
 from engine.model.weights import Checkpoint
 from engine.parallel.group import Group
 from engine.parallel.topology import Topology
+from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
+from engine.quantization.window import Window, span
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _REPEATED = ("k_proj", "v_proj")  # where there are more shards than key heads
@@ -116,7 +119,7 @@ def _best_of(pairs: Tensor) -> Tensor:
 
 class ShardedCheckpoint(Checkpoint):
     """A Checkpoint that gives one shard of each tensor: asked for the narrow shape, it reads that
-    much of the mapped file."""
+    much of the mapped file. Of weights that are stored quantized, too."""
 
     def __init__(
         self,
@@ -132,48 +135,92 @@ class ShardedCheckpoint(Checkpoint):
     def __call__(self, name: str, *shape: int) -> Tensor:
         """The shard of tensor `name`, in memory of its own. Vocabularies are padded with zeros.
         Raises ModelError as Checkpoint does, and if `shape` is no shard of what is stored."""
-        parent, _, kind = name.rpartition(".")
-        module = parent.rpartition(".")[2]
-        if self._topology.tensor == 1:
-            return super().__call__(name, *shape)
-        if module in _VOCABULARY:
+        module, kind = _module(name)
+        if self._topology.tensor > 1 and module in _VOCABULARY:
             return self._vocabulary(name, *shape)
-        if module in _COLUMNS:
-            return self._slice(name, 0, shape, repeated=module in _REPEATED)
-        if module in _ROWS and kind == "weight":
-            return self._slice(name, 1, shape)
-        if module in _ROWS and self._topology.shard:  # a bias, which the first shard adds
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return super().__call__(name, *shape)
+        if self._topology.shard and module in _ROWS and kind == "bias":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)  # the first adds it
+        cut = self._cut(name, shape)
+        return super().__call__(name, *shape) if cut is None else self._read_cut(name, cut)
 
-    def _slice(
-        self, name: str, axis: int, shape: tuple[int, ...], *, repeated: bool = False
-    ) -> Tensor:
+    def quantized(
+        self, name: str, out: int, into: int, window: Window | None = None
+    ) -> GroupQuantized | Fp8Quantized | None:
+        """The shard [out, in] of weight `name`, as Checkpoint gives weights. No windows of it."""
+        assert window is None
+        cut = self._cut(name, (out, into)) if self.is_quantized(name) else None
+        if cut is None:
+            return super().quantized(name, out, into)
+        out, into = cut.stored
+        return super().quantized(name, out, into, cut.window)
+
+    def with_all_inputs(self, name: str, out: int, into: int) -> tuple[Tensor, range]:
+        """See Checkpoint."""
+        cut = self._cut(name, (out, into))
+        if cut is None or cut.axis == 0:
+            return super().with_all_inputs(name, out, into)
+        return super().__call__(name, *cut.stored), cut.part
+
+    def _cut(self, name: str, shape: tuple[int, ...]) -> _Cut | None:
+        """What of a tensor its shard is, given its shape; None for all of it."""
+        module, kind = _module(name)
+        if self._topology.tensor == 1:
+            return None
+        if module in _COLUMNS:
+            axis = 0
+        elif module in _ROWS and kind == "weight":
+            axis = 1
+        else:
+            return None
         stored = self.stored_shape(name)
         shards, length = self._topology.tensor, shape[axis]
         pieces, over = divmod(stored[axis], length)
-        fits = pieces == shards or (repeated and pieces and shards % pieces == 0)
-        if (
-            over
-            or not fits
-            or stored[:axis] + stored[axis + 1 :] != shape[:axis] + shape[axis + 1 :]
-        ):
+        repeated = module in _REPEATED and pieces and shards % pieces == 0
+        same = stored[:axis] + stored[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
+        if over or not (pieces == shards or repeated) or not same:
             raise ModelError(
                 f"{self.path}: tensor {name!r} has shape {stored}, "
                 f"of which {shape} is no shard of {shards}"
             )
         begin = self._topology.shard * pieces // shards * length
-        found = self.mapped(name, *stored).narrow(axis, begin, length)
-        return self._own(name, found)
+        return _Cut(stored, axis, range(begin, begin + length))
 
     def _vocabulary(self, name: str, rows: int, hidden: int) -> Tensor:
         size = self.stored_shape(name)[0]
         begin = min(self._topology.shard * rows, size)
-        found = self.mapped(name, size, hidden)[begin : begin + rows]
-        return F.pad(self._own(name, found), (0, 0, 0, rows - len(found)))
+        part = range(begin, min(begin + rows, size))
+        if not part:
+            return torch.zeros((rows, hidden), dtype=self.dtype, device=self.device)
+        found = self._read_cut(name, _Cut((size, hidden), 0, part))
+        return F.pad(found, (0, 0, 0, rows - len(found)))
 
-    def _own(self, name: str, found: Tensor) -> Tensor:
+    def _read_cut(self, name: str, cut: _Cut) -> Tensor:
         """A contiguous copy of a part of a mapped tensor, whose pages are not needed any more."""
+        if len(cut.stored) == 1:
+            found = self.mapped(name, *cut.stored)[span(cut.part)]
+        else:
+            found = self.mapped(name, *cut.stored, window=cut.window)
         own = torch.empty(found.shape, dtype=self.dtype, device=self.device).copy_(found)
         self.forget(name)
         return own
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A part of a tensor of shape `stored`, along one axis."""
+
+    stored: tuple[int, ...]
+    axis: int
+    part: range
+
+    @property
+    def window(self) -> Window:
+        """The same of a matrix."""
+        outputs, inputs = (range(size) for size in self.stored)
+        return Window(outputs, self.part) if self.axis else Window(self.part, inputs)
+
+
+def _module(name: str) -> tuple[str, str]:
+    """The likes of "q_proj" and "weight", of a tensor's whole name."""
+    parent, _, kind = name.rpartition(".")
+    return parent.rpartition(".")[2], kind

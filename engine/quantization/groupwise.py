@@ -2,7 +2,7 @@
 
 An integer weight is (code - zero) * scale, with codes of 4 or 8 unsigned bits, and a scale and a
 zero for each output and each group of consecutive inputs. Symmetric weights have no zeros: theirs
-is the middle, 8 or 128. An fp8 weight is an e4m3 number times the scale of its output.
+is the middle, 8 or 128. An fp8 weight is an e4m3 number times the scale of its output and group.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ _SLICE = 2**24  # weights that are worked on at once
 class GroupQuantized:
     """Weights [out, in] as integers.
 
-    `order`, if any, sorts inputs by group (GPTQ's act-order): column i of `packed` belongs to
-    input order[i].
+    `order`, if any, sorts inputs by group (GPTQ's act-order): column i belongs to input order[i].
+    Of columns of the same input, which fill up a group, one has its weights and the others are 0.
     """
 
-    packed: (
-        Tensor  # 8 bits: [out, in] int8, codes - 128; 4: [out, ceil(in/2)] uint8, low half first
-    )
+    packed: Tensor  # 8 bits: [out, columns] int8, codes - 128
+    # 4 bits: [out, ceil(columns/2)] uint8, low half first
     scales: Tensor  # [out, groups], any float
     zeros: Tensor | None  # [out, groups] uint8
     bits: int
-    group_size: int  # a divisor of in
+    group_size: int  # a divisor of the columns
     shape: tuple[int, int]
-    order: Tensor | None = None  # [in] int64
+    order: Tensor | None = None  # [columns] int64
+
+    @property
+    def columns(self) -> int:
+        """As many as there are inputs, and those that fill up groups."""
+        return self.shape[1] if self.order is None else len(self.order)
 
     def to(self, device: torch.device | str) -> GroupQuantized:
         """The same on a device."""
@@ -47,29 +51,27 @@ class GroupQuantized:
         return replace(self, packed=packed, scales=scales, zeros=zeros, order=order)
 
     def codes(self) -> Tensor:
-        """[out, in] uint8, columns as packed."""
+        """[out, columns] uint8."""
         if self.bits == 8:
             return self.packed.view(torch.uint8) ^ 128
         pairs = torch.stack((self.packed & 15, self.packed >> 4), -1)
-        return pairs.flatten(1)[:, : self.shape[1]]
+        return pairs.flatten(1)[:, : self.columns]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in], computed in float32."""
-        out, into = self.shape
-        dense = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+        out, columns = self.shape[0], self.columns
+        dense = torch.empty((out, columns), dtype=dtype, device=self.packed.device)
         codes = self.codes()
-        for rows in _row_slices(out, into):
+        for rows in row_slices(out, columns):
             zeros = (
                 2 ** (self.bits - 1) if self.zeros is None else self.zeros[rows, :, None].float()
             )
             groups = codes[rows].view(-1, self.scales.shape[1], self.group_size)
             found = (groups.float() - zeros) * self.scales[rows, :, None].float()
-            dense[rows] = found.view(-1, into)
-        return (
-            dense
-            if self.order is None
-            else torch.empty_like(dense).index_copy_(1, self.order, dense)
-        )
+            dense[rows] = found.view(-1, columns)
+        if self.order is None:
+            return dense
+        return dense.new_zeros(self.shape).index_add_(1, self.order, dense)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +79,7 @@ class Fp8Quantized:
     """Weights [out, in] in fp8."""
 
     values: Tensor  # [out, in] float8_e4m3fn
-    scales: Tensor  # [out] float32
+    scales: Tensor  # [out, groups] float32, of groups of one size
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,7 +92,8 @@ class Fp8Quantized:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights [out, in], computed in float32."""
-        return (self.values.float() * self.scales[:, None]).to(dtype)
+        groups = self.values.float().view(len(self.values), self.scales.shape[1], -1)
+        return (groups * self.scales[:, :, None]).to(dtype).view(self.shape)
 
 
 def quantize(weight: Tensor, bits: int, group_size: int) -> GroupQuantized:
@@ -103,18 +106,18 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> GroupQuantized:
     groups = into // group_size
     codes = torch.empty((out, into), dtype=torch.uint8, device=weight.device)
     scales = torch.empty((out, groups), dtype=torch.bfloat16, device=weight.device)
-    for rows in _row_slices(out, into):
+    for rows in row_slices(out, into):
         found, scales[rows] = _search(weight[rows].float().view(-1, groups, group_size), bits)
         codes[rows] = found.view(-1, into)
     return GroupQuantized(pack(codes, bits), scales, None, bits, group_size, (out, into))
 
 
 def quantize_fp8(weight: Tensor) -> Fp8Quantized:
-    """`weight` [out, in], with the scales that make the largest of each output 448."""
+    """`weight` [out, in], with the scales [out, 1] that make the largest of each output 448."""
     weight = weight.float()
-    largest = weight.abs().amax(1)
+    largest = weight.abs().amax(1, keepdim=True)
     scales = torch.where(largest > 0, largest / _LARGEST_FP8, 1.0)
-    scaled = (weight / scales[:, None]).clamp_(-_LARGEST_FP8, _LARGEST_FP8)
+    scaled = (weight / scales).clamp_(-_LARGEST_FP8, _LARGEST_FP8)
     return Fp8Quantized(scaled.to(_FP8), scales)
 
 
@@ -183,6 +186,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _row_slices(out: int, into: int) -> list[slice]:
+def row_slices(out: int, into: int) -> list[slice]:
+    """Rows of a matrix that are worked on at once."""
     step = max(1, _SLICE // max(1, into))
     return [slice(first, first + step) for first in range(0, out, step)]

@@ -15,12 +15,22 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` codes of each row of `words` [rows, n] int32, as [rows, count] uint8."""
-    found = words.contiguous().view(torch.uint8)  # little-endian, as every machine that runs this
+def unpack(words: Tensor, bits: int, codes: range) -> Tensor:
+    """Those codes of each row of `words` [rows, n] int32, as [rows, len(codes)] uint8."""
+    whole = _whole(codes, bits)
+    found = words[:, whole.start * bits // WORD : whole.stop * bits // WORD]
+    # Little-endian, as every machine that runs this.
+    found = found.contiguous().view(torch.uint8)
     if bits == 4:
         found = torch.stack((found & 15, found >> 4), -1).flatten(-2)
-    return found[:, :count]
+    return found[:, codes.start - whole.start :][:, : len(codes)]
+
+
+def unpack_awq(words: Tensor, codes: range) -> Tensor:
+    """The same where AWQ has packed four bits."""
+    whole = _whole(codes, 4)
+    found = _reordered(unpack(words, 4, whole), _AWQ_PLACES)
+    return found[:, codes.start - whole.start :][:, : len(codes)]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -32,11 +42,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return codes.contiguous().view(torch.int32)
 
 
-def from_awq(codes: Tensor) -> Tensor:
-    """Columns [rows, 8 n], unpacked as they came, in their true order."""
-    return _reordered(codes, _AWQ_PLACES)
-
-
 def to_awq(codes: Tensor) -> Tensor:
     """Columns in the order in which AWQ packs them."""
     return _reordered(codes, _AWQ_ORDER)
@@ -45,6 +50,12 @@ def to_awq(codes: Tensor) -> Tensor:
 def words(count: int, bits: int) -> int:
     """Words that so many codes take."""
     return -(-count * bits // WORD)
+
+
+def _whole(codes: range, bits: int) -> range:
+    """Codes that fill whole words, these among them."""
+    per_word = WORD // bits
+    return range(codes.start // per_word * per_word, -(-codes.stop // per_word) * per_word)
 
 
 def _reordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -169,26 +169,27 @@ def matmul_fp8(
     bias: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x [T, in] times weights value * scale, values [out, in] float8_e4m3fn, scales [out] float32.
+    """x [T, in] times weights value * scale, values [out, in] float8_e4m3fn, scales [out, groups]
+    float32, of groups that `supports_int8` has.
 
-    Where the device multiplies fp8 and there are enough tokens to be bound by that, x is quantized
-    too, each token by its largest number. Elsewhere weights are widened, which is more exact.
-    bias [out], out [T, out], contiguous.
+    Where the device multiplies fp8, there is one group, and there are enough tokens to be bound by
+    that, x is quantized too, each token by its largest number. Elsewhere weights are widened, which
+    is more exact. bias [out], out [T, out], contiguous.
     """
     assert values.dtype is _FP8
     wide = x.dtype is torch.bfloat16 and len(x) > SKINNY and not (len(scales) | x.shape[1]) % 16
-    if wide and supports_fp8(x.device):
+    if wide and scales.shape[1] == 1 and supports_fp8(x.device):
         numbers, rows = quantize_rows(x)
         found = torch._scaled_mm(
             numbers,
             values.t(),
             scale_a=rows[:, None],
-            scale_b=scales[None, :],
+            scale_b=scales.t(),
             bias=bias,
             out_dtype=x.dtype,
         )
         return found if out is None else out.copy_(found)
-    return _bytes_product(x, values.view(torch.uint8), scales[:, None], None, bias, out)
+    return _bytes_product(x, values.view(torch.uint8), scales, None, bias, out)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,10 +51,10 @@ def gptq(group_of: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
 
 def fp8_blocks() -> dict[str, Tensor]:
     """The same in blocks of fp8."""
-    tensors = weights()
+    tensors, random = weights(), torch.Generator().manual_seed(6)
     for name, size in zip(NAMES, SIZES, strict=True):
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-        tensors[f"{name}.weight_scale_inv"] = torch.full((size // 8, INTO // 32), 0.5)
+        tensors[f"{name}.weight_scale_inv"] = torch.rand(size // 8, INTO // 32, generator=random)
     return tensors
 
 
@@ -132,14 +132,28 @@ def test_parts_with_orders_of_their_own_are_dense(device: torch.device, tmp_path
     assert_multiplies(made, source, 1e-5)
 
 
-@pytest.mark.parametrize(("quantization", "kind"), [("none", Dense), ("fp8", Fp8)])
-def test_blocks_of_fp8_are_dense_or_made_anew(
-    quantization: Any, kind: type, device: torch.device, tmp_path: Path
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_blocks_of_fp8_are_used_as_they_are(
+    quantization: Any, tokens: int, device: torch.device, tmp_path: Path
 ) -> None:
     source = checkpoint(tmp_path, fp8_blocks(), BLOCKS, device)
     made = linear(source, NAMES, SIZES, INTO, True, quantization)
-    assert type(made) is kind
-    assert_multiplies(made, source, 0.04)
+    assert type(made) is Fp8
+    assert made.weight_bytes == sum(SIZES) * (INTO + 4 * INTO // 32)
+    assert_multiplies(made, source, 1e-5, tokens)
+
+
+def test_blocks_of_fp8_that_no_product_takes_are_dense(
+    device: torch.device, tmp_path: Path
+) -> None:
+    tensors = fp8_blocks()
+    for name, size in zip(NAMES, SIZES, strict=True):
+        tensors[f"{name}.weight_scale_inv"] = torch.full((size // 8, 8), 0.5)
+    source = checkpoint(tmp_path, tensors, BLOCKS | {"weight_block_size": [8, 8]}, device)
+    made = linear(source, NAMES, SIZES, INTO, True, "none")
+    assert type(made) is Dense
+    assert_multiplies(made, source, 1e-5)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

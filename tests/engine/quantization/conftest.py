@@ -101,7 +101,14 @@ def _int8(weight: Tensor) -> dict[str, Tensor]:
 
 def _fp8(weight: Tensor) -> dict[str, Tensor]:
     made = quantize_fp8(weight)
-    return {"weight": made.values, "weight_scale": made.scales[:, None]}
+    return {"weight": made.values, "weight_scale": made.scales}
+
+
+def _fp8_blocks(weight: Tensor) -> dict[str, Tensor]:
+    blocks = weight.float().unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
+    scales = blocks.abs().amax((1, 3)) / 448  # [blocks of outputs, blocks of inputs]
+    values = (blocks / scales[:, None, :, None]).view(weight.shape)
+    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale_inv": scales}
 
 
 def _compressed(fmt: str, **weights: Any) -> dict[str, Any]:
@@ -130,6 +137,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], dict[str, Tensor]], 
         _fp8,
         "fp8",
     ),
+    "fp8-blocks": ({"quant_method": "fp8", "weight_block_size": [16, 16]}, _fp8_blocks, "fp8"),
 }
 
 

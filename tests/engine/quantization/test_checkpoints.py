@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from baton.errors import ModelError
 from engine.model.weights import Checkpoint
 from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
+from engine.quantization.window import Window, span
 
 NAME = "m.weight"
 ReadGolden = Callable[[str], Any]
@@ -45,13 +47,62 @@ def test_the_stored_form_means_the_same(
 ) -> None:
     case = golden(golden_name)
     found = Checkpoint(case.save(tmp_path), torch.float32).quantized(NAME, *case.expected.shape)
-    if "block" in golden_name:
-        assert found is None  # scales that change along the inputs of fp8
-        return
-    assert isinstance(found, Fp8Quantized if "float" in golden_name else GroupQuantized)
+    floating = "float" in golden_name or "fp8" in golden_name
+    assert isinstance(found, Fp8Quantized if floating else GroupQuantized)
     torch.testing.assert_close(found.dequantize(), case.expected, rtol=1e-6, atol=1e-7)
     if isinstance(found, GroupQuantized):
         assert found.packed.nbytes == found.shape[0] * found.shape[1] * found.bits // 8
+
+
+@pytest.mark.parametrize("shards", [2, 4, 5])  # fives cut words and groups
+def test_a_window_is_that_of_the_whole(
+    shards: int, golden_name: str, golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden(golden_name)
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    out, into = case.expected.shape
+    whole = checkpoint.mapped(NAME, out, into)
+    for shard in range(shards):
+        rows = range(out * shard // shards, out * (shard + 1) // shards)
+        columns = range(into * shard // shards, into * (shard + 1) // shards)
+        for window in (
+            Window(rows, range(into)),
+            Window(range(out), columns),
+            Window(rows, columns),
+        ):
+            expected = whole[span(window.outputs), span(window.inputs)]
+            assert torch.equal(checkpoint.mapped(NAME, out, into, window=window), expected)
+            stored = checkpoint.quantized(NAME, out, into, window)
+            if stored is not None:
+                assert stored.shape == window.shape
+                assert torch.equal(stored.dequantize(), expected)
+            else:
+                assert "block" in golden_name
+
+
+def test_groups_that_a_window_cuts_become_smaller_ones(golden: ReadGolden, tmp_path: Path) -> None:
+    case = golden("gptq-int4")  # groups of 16, of 64 inputs
+    case.tensors["m.g_idx"] = torch.arange(64, dtype=torch.int32) // 32
+    case.tensors["m.qzeros"], case.tensors["m.scales"] = (
+        case.tensors[f"m.{name}"][:2].contiguous() for name in ("qzeros", "scales")
+    )
+    case.config["group_size"] = 32
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    sizes = {}
+    for begin, end in ((0, 32), (16, 48), (0, 48), (16, 32), (8, 40)):
+        window = Window(range(16), range(begin, end))
+        found = checkpoint.quantized(NAME, 16, 64, window)
+        assert isinstance(found, GroupQuantized)
+        dense = checkpoint.mapped(NAME, 16, 64, window=window)
+        assert torch.equal(found.dequantize(), dense)
+        sizes[begin, end] = found.group_size, found.columns
+    assert sizes == {
+        (0, 32): (32, 32),
+        (16, 48): (16, 32),
+        (0, 48): (16, 48),
+        (16, 32): (16, 16),
+        (8, 40): (16, 48),  # 24 and 8 inputs, filled up
+    }
 
 
 def test_symmetric_weights_carry_no_zeros(golden: ReadGolden, tmp_path: Path) -> None:
@@ -74,17 +125,27 @@ def test_only_act_order_has_an_order(golden: ReadGolden, tmp_path: Path) -> None
         assert (found.order is not None) == ordered
 
 
-def test_groups_of_unequal_sizes_are_dense_only(golden: ReadGolden, tmp_path: Path) -> None:
-    case = golden("gptq-int4-act-order")
-    group_of = case.tensors["m.g_idx"]
-    first = int((group_of == 0).nonzero()[0])
-    case.tensors["m.g_idx"][first] = 1
-    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
-    assert checkpoint.quantized(NAME, *case.expected.shape) is None
-    dense = checkpoint(NAME, *case.expected.shape)
-    others = [column for column in range(case.expected.shape[1]) if column != first]
-    torch.testing.assert_close(dense[:, others], case.expected[:, others])
-    assert not torch.equal(dense[:, first], case.expected[:, first])
+def test_groups_of_unequal_sizes_are_filled_up(golden: ReadGolden, tmp_path: Path) -> None:
+    for name in ("gptq-int4-act-order", "gptq-int4-v2", "packed-int4-asymmetric"):
+        case = golden(name)
+        out, into = case.expected.shape
+        generator = torch.Generator().manual_seed(3)
+        group_of = torch.randint(2, (into,), generator=generator, dtype=torch.int32)
+        case.tensors["m.weight_g_idx" if "packed" in name else "m.g_idx"] = group_of
+        checkpoint = Checkpoint(case.save(tmp_path / name), torch.float32)
+        found = checkpoint.quantized(NAME, out, into)
+        assert isinstance(found, GroupQuantized)
+        counts = torch.bincount(group_of)
+        assert found.columns == (-(-counts // 16) * 16).sum() > into
+        assert found.group_size == 16
+        dense = checkpoint(NAME, out, into)
+        assert torch.equal(found.dequantize(), dense)
+        # What fills groups up is nothing, whatever the input is.
+        assert found.order is not None
+        each = replace(found, order=None, shape=(out, found.columns)).dequantize()
+        repeated = (found.order.diff() == 0).nonzero().flatten() + 1
+        assert len(repeated) == found.columns - into
+        assert not each[:, repeated].any()
 
 
 def test_without_group_indices_groups_come_in_order(golden: ReadGolden, tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ def _int8(tokens: int, group: int = 4096, zeros: bool = False) -> None:
     matmul_int8(x, values, scales, offsets)
 
 
-def _fp8(tokens: int) -> None:
+def _fp8(tokens: int, groups: int = 1) -> None:
     x = torch.empty(tokens, 4096, dtype=_HALF, device="meta")
     values = torch.empty(4096, 4096, dtype=torch.float8_e4m3fn, device="meta")
-    matmul_fp8(x, values, torch.empty(4096, device="meta"))
+    matmul_fp8(x, values, torch.empty(4096, groups, device="meta"))
 
 
 LAUNCHES = {
@@ -58,7 +58,9 @@ LAUNCHES = {
     "int8-64-groups": partial(_int8, 64, 128),
     "int8-2048": partial(_int8, 2048),
     "fp8-1": partial(_fp8, 1),
+    "fp8-1-groups": partial(_fp8, 1, 32),
     "fp8-16": partial(_fp8, 16),
+    "fp8-64-groups": partial(_fp8, 64, 32),
     "fp8-2048": partial(_fp8, 2048),
 }
 SINCE_SM90 = {
