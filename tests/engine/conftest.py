@@ -196,7 +196,11 @@ def save_model(
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.to(dtype).save_pretrained(path, **options)
     Tokenizer(models.BPE()).save(str(path / "tokenizer.json"))
-    return TinyModel(path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    # Not SDPA, which older versions use for Gemma 2 as well and which knows no softcap.
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    return TinyModel(path, model)
 
 
 @pytest.fixture(scope="session", autouse=True)
