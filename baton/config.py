@@ -119,8 +119,13 @@ class GatewayConfig(SchedulingConfig):
     token_seconds: Seconds = Field(
         0.005, description="seconds per output token, until the workers have measured it"
     )
-    routing: Literal["kv-aware", "least-outstanding", "round-robin"] = Field(
-        "kv-aware", description="which of the workers with room gets a request"
+    routing: Literal["prefix-aware", "kv-aware", "least-outstanding", "round-robin"] = Field(
+        "prefix-aware", description="which of the workers with room gets a request"
+    )
+    local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
+        256,
+        description="a decode worker that has all but so many tokens of a prompt in its prefix "
+        "cache computes the rest by itself (prefix-aware routing, beside prefill workers)",
     )
     decode_ahead: Annotated[float, Field(ge=0)] | None = Field(
         None,

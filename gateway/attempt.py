@@ -50,10 +50,12 @@ HANDOFF_PAUSE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who serves: without `prefill`, the decode worker prefills by itself."""
+    """Who serves: without `prefill`, the decode worker prefills by itself. `uncached` tokens of the
+    prompt are expected to be computed."""
 
     decode: DecodeLink
     prefill: PrefillPeer | None
+    uncached: int
 
 
 class Attempt:
@@ -103,7 +105,7 @@ class Attempt:
             return
         self._session.move(State.PREFILLING)
         if prefill is not None:
-            with prefill.busy(len(self._session.job.request.prompt_ids)):
+            with prefill.busy(self._workers.uncached):
                 prefilled = await self._prefill(prefill)
             self._take_first(prefilled)
             if self._session.over:

@@ -19,10 +19,12 @@ from gateway.lengths import Lengths
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import ModelFacts
 from gateway.pace import Pace
+from gateway.placing import Placing
+from gateway.prefixes import Prefixes
 from gateway.session import Session
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
-from queueing.contract import GatewayQueue
+from queueing.contract import GatewayQueue, WorkerRecord
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,12 @@ class Gateway:
         self.metrics = metrics
         self.lengths = lengths
         self._pace = Pace(config)
-        self._dispatcher = Dispatcher(queue, config.max_attempts, self._pace, config.routing)
-        self.fleet = Fleet(queue, gateway_id, self._dispatcher.wake, _ahead(config))
+        self._prefixes = Prefixes()
+        placing = Placing(self._pace, self._prefixes, config.routing, config.local_prefill_tokens)
+        self._dispatcher = Dispatcher(queue, config.max_attempts, placing)
+        self.fleet = Fleet(
+            queue, gateway_id, self._dispatcher.wake, _ahead(config), self._registered
+        )
         self.sessions = Sessions(
             queue,
             tokenizer,
@@ -59,6 +65,7 @@ class Gateway:
             self._pace,
             on_waiting=self._dispatcher.wake,
             on_done=self._session_done,
+            cached=lambda session: placing.expected(session, self.fleet),
         )
         self._dispatcher.bind(self.sessions, self.fleet)
         self._housekeeping = Housekeeping(queue, self.sessions, self._dispatcher)
@@ -108,8 +115,13 @@ class Gateway:
         await self._dispatcher.close()
         await self.fleet.close()
 
+    def _registered(self, records: list[WorkerRecord]) -> None:
+        if self.config.routing == "prefix-aware":
+            self._prefixes.workers(records)
+
     def _session_done(self, session: Session) -> None:
         self._dispatcher.stop(session)
+        self._prefixes.ended(session)
         self._ended_tokens += session.generated
         if session.error is None:
             for output in session.outputs:

@@ -1,8 +1,9 @@
 """Gives waiting requests to workers, in the order that the queue decides.
 
 Wakes on submissions, on room and on a tick; asks the queue what a worker may have now, pairs it
-with a decode worker, and starts an attempt for each request. A failed attempt puts its request
-back into the queue, where it stands in its old place.
+with a decode worker, and starts an attempt for each request. Where workers have the beginnings of
+prompts that wait, it asks the other way round: what is next, and then which worker suits that. A
+failed attempt puts its request back into the queue, where it stands in its old place.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import zip_longest
 
 from baton.errors import BatonError, QueueError, Unavailable
 from baton.types import Claim
@@ -19,17 +23,17 @@ from gateway.attempt import Attempt, Workers
 from gateway.decode_link import DecodeLink
 from gateway.fleet import Fleet, PrefillPeer
 from gateway.outcome import WorkerBusy, WorkerFailed
-from gateway.pace import Pace
+from gateway.placing import Placing, can_pair
 from gateway.session import Session
 from gateway.sessions import Sessions
 from queueing.contract import Claimed, GatewayQueue, WorkerRecord
-from scheduling.routing import make_router
 
 log = logging.getLogger(__name__)
 
 Offer = Callable[[WorkerRecord, list[DecodeLink], PrefillPeer | None], Awaitable[None]]
 
 CLAIM_LIMIT = 8  # requests claimed in one call
+LOOK_LIMIT = 16  # requests that a worker is looked for at a time
 TICK_SECONDS = 0.05  # while something waits
 IDLE_SECONDS = 1.0
 QUEUE_PAUSE = 0.5  # after the queue did not answer
@@ -37,17 +41,34 @@ GIVE_BACK_TRIES = 5
 GIVE_BACK_PAUSE = 0.2
 
 
+class _Placed(Enum):
+    """What came of the look for a worker."""
+
+    BEGUN = auto()
+    HELD = auto()  # it waits for a worker that has more of its prompt
+    NO_ROOM = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Who may serve a request: without a helper, the decode worker prefills by itself."""
+
+    link: DecodeLink
+    helper: PrefillPeer | None
+
+    @property
+    def computes(self) -> WorkerRecord:
+        """Who computes the prompt: the claim is for that one."""
+        return self.link.record if self.helper is None else self.helper.record
+
+
 class Dispatcher:
     """Runs the attempts of this gateway's sessions."""
 
-    def __init__(self, queue: GatewayQueue, max_attempts: int, pace: Pace, routing: str) -> None:
-        """`bind` must follow: sessions and fleet wake the dispatcher, which works on both.
-
-        Raises ConfigError for an unknown `routing`.
-        """
+    def __init__(self, queue: GatewayQueue, max_attempts: int, placing: Placing) -> None:
+        """`bind` must follow: sessions and fleet wake the dispatcher, which works on both."""
         self._queue = queue
-        self._pace = pace
-        self._to_prefill, self._to_decode = make_router(routing), make_router(routing)
+        self._placing = placing
         self._sessions: Sessions
         self._fleet: Fleet
         self._max_attempts = max_attempts
@@ -96,8 +117,11 @@ class Dispatcher:
         what waits of tenants that have less than their share there: what others have sent ahead
         gives way to it on the worker (scheduling/shares.py)."""
         now = time.monotonic()
-        links = [link for link in self._fleet.decode.values() if link.accepts(now)]
-        await self._offer_all(links, now, self._offer)
+        if self._sessions.drawn:
+            await self._place_each(now)
+        else:
+            links = [link for link in self._fleet.decode.values() if link.accepts(now)]
+            await self._offer_all(links, now, self._offer)
         if self._sessions.tenants > 1:
             links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
             if self._owed(links):
@@ -106,17 +130,15 @@ class Dispatcher:
     async def _offer_all(self, links: list[DecodeLink], now: float, offer: Offer) -> None:
         if not self._sessions.waiting:
             return
-        peers = {peer.record.id: peer for peer in self._fleet.prefill.values()}
-        helpers = [peer.candidate() for peer in peers.values() if peer.is_usable(now)]
+        peers = [peer for peer in self._fleet.prefill.values() if peer.is_usable(now)]
         paired = False
-        for helper in self._to_prefill.rank(helpers, 1):
-            peer = peers[helper.id]
-            matching = [link for link in links if _pair(peer.record, link.record)]
+        for peer in self._placing.peers(peers):
+            matching = [link for link in links if can_pair(peer.record, link.record)]
             paired = paired or bool(matching)
             if matching and peer.accepts(now):
                 await offer(peer.record, matching, peer)
         if not paired:  # nobody prefills for these: they do it themselves
-            for link in self._ranked(links, 1):
+            for link in self._placing.links(links):
                 await offer(link.record, [link], None)
 
     async def _offer(
@@ -129,7 +151,7 @@ class Dispatcher:
             claimed = await self._queue.claim(worker, limit)
             for one in claimed:
                 link = self._link_for(one, links)
-                await self._begin(one, worker, Workers(decode=link, prefill=peer))
+                await self._begin(one, link, peer)
                 await asyncio.sleep(0)  # the attempt opens its slot, which counts for the next
             if len(claimed) < limit:
                 return
@@ -145,7 +167,7 @@ class Dispatcher:
             tenant = owed[0] if session is None else session.job.tenant
             owing = [link for link in links if link.owes(tenant, self._sessions.tenants)]
             link = self._link_for(claimed[0], owing or links)
-            await self._begin(claimed[0], worker, Workers(decode=link, prefill=peer))
+            await self._begin(claimed[0], link, peer)
             await asyncio.sleep(0)
 
     def _owed(self, links: list[DecodeLink]) -> list[str]:
@@ -154,31 +176,92 @@ class Dispatcher:
         waiting = self._sessions.waiting_tenants
         return [t for t in waiting if any(link.owes(t, tenants) for link in links)]
 
-    def _ranked(self, links: list[DecodeLink], blocks: int) -> list[DecodeLink]:
-        """Best first."""
-        mean = self._pace.mean_tokens
-        by_id = {link.record.id: link for link in links}
-        candidates = [link.candidate(mean) for link in links]
-        return [by_id[one.id] for one in self._to_decode.rank(candidates, blocks)]
-
     def _link_for(self, claimed: Claimed, links: list[DecodeLink]) -> DecodeLink:
         """The decode worker that a claimed request goes to: one that may be sent more, if any."""
         open_links = [link for link in links if link.openings] or links
-        if len(open_links) == 1:
+        session = self._sessions.get(claimed.request_id)
+        if session is None or len(open_links) == 1:
             return open_links[0]
-        tokens = 0
-        if (session := self._sessions.get(claimed.request_id)) is not None:
-            tokens = self._pace.kv_tokens(session.job.request)
-        return self._ranked(open_links, max(link.blocks_for(tokens) for link in open_links))[0]
+        cached = self._placing.prefixes.cached(session)
+        return self._placing.links(open_links, session, cached)[0]
 
-    async def _begin(self, claimed: Claimed, worker: WorkerRecord, workers: Workers) -> None:
+    async def _place_each(self, now: float) -> None:
+        """Find a worker for each request that waits, in the queue's order. One that is held lets
+        those behind it pass."""
+        links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
+        while self._sessions.waiting and any(link.openings for link in links):
+            ids = self._sessions.waiting_ids
+            if len(ids) > 1:
+                ids = await self._queue.next_up(LOOK_LIMIT)
+            begun = 0
+            for session in filter(None, map(self._sessions.get, ids)):
+                placed = await self._place(session, links, now)
+                if placed is _Placed.NO_ROOM:
+                    return
+                begun += placed is _Placed.BEGUN
+                await asyncio.sleep(0)
+            if not begun or len(ids) < LOOK_LIMIT:
+                return
+
+    async def _place(self, session: Session, links: list[DecodeLink], now: float) -> _Placed:
+        """Claim the request for the best worker that has room. It is held if one without room is so
+        much better that waiting is."""
+        cached = self._placing.prefixes.cached(session)
+
+        def holds(best: WorkerRecord, other: WorkerRecord) -> bool:
+            more = cached.get(best.id, 0) - cached.get(other.id, 0)
+            return self._placing.is_worth_waiting(session, more, now)
+
+        ranked = self._placing.links(links, session, cached)
+        open_links = [link for link in ranked if link.openings]
+        if not open_links:
+            return _Placed.NO_ROOM
+        if holds(ranked[0].record, open_links[0].record):
+            return _Placed.HELD
+        ways = self._ways(session, open_links, cached, now)
+        for way, other in zip_longest(ways, ways[1:]):
+            if await self._claim(session, way, now):
+                return _Placed.BEGUN
+            if other is not None and holds(way.computes, other.computes):
+                return _Placed.HELD
+        return _Placed.NO_ROOM
+
+    def _ways(
+        self, session: Session, links: list[DecodeLink], cached: Mapping[str, int], now: float
+    ) -> list[_Way]:
+        """Best first."""
+        best = links[0]
+        helpers = [
+            peer
+            for peer in self._fleet.prefill.values()
+            if peer.is_usable(now) and can_pair(peer.record, best.record)
+        ]
+        if not helpers:
+            return [_Way(link, None) for link in links]
+        ways = [_Way(best, peer) for peer in self._placing.peers(helpers, cached)]
+        if self._placing.prefills_itself(best.record.id, session, cached):
+            ways.insert(0, _Way(best, None))
+        return ways
+
+    async def _claim(self, session: Session, way: _Way, now: float) -> bool:
+        """Begin the request that way, if its worker may have it now."""
+        if way.helper is not None and not way.helper.accepts(now):
+            return False
+        claimed = await self._queue.claim(way.computes, 1, only=session.id)
+        for one in claimed:
+            await self._begin(one, way.link, way.helper)
+        return bool(claimed)
+
+    async def _begin(self, claimed: Claimed, link: DecodeLink, helper: PrefillPeer | None) -> None:
         session = self._sessions.get(claimed.request_id)
         if session is None:
             self._sessions.disown(claimed.request_id)  # cancelled while the queue gave it away
             return
         await self._end_attempt(session)  # the queue took it from a worker that it believes dead
+        worker = link.record if helper is None else helper.record
         self._sessions.claimed(session, claimed, worker.id)
         if not session.over:
+            workers = self._placing.sent(session, link, helper)
             task = asyncio.create_task(self._serve(session, claimed.claim, workers))
             self._attempts[session.id] = task
 

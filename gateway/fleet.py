@@ -81,16 +81,22 @@ class Fleet:
     worker. When the registry cannot be reached the last known workers stand."""
 
     def __init__(
-        self, queue: GatewayQueue, gateway_id: str, on_change: Callable[[], None], ahead: float
+        self,
+        queue: GatewayQueue,
+        gateway_id: str,
+        on_change: Callable[[], None],
+        ahead: float,
+        on_records: Callable[[list[WorkerRecord]], None] = lambda records: None,
     ) -> None:
-        """`on_change` is called when there may be room that was not there before; `ahead` is
-        DecodeLink's."""
+        """`on_change` is called when there may be room that was not there before, `on_records` with
+        what the registry has at each look; `ahead` is DecodeLink's."""
         self.prefill: dict[str, PrefillPeer] = {}
         self.decode: dict[str, DecodeLink] = {}
         self._queue = queue
         self._gateway_id = gateway_id
         self._on_change = on_change
         self._ahead = ahead
+        self._on_records = on_records
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._records: list[WorkerRecord] = []
 
@@ -119,6 +125,7 @@ class Fleet:
     async def refresh(self) -> None:
         """Look at the registry once. Raises QueueError."""
         self._records = await self._queue.workers()
+        self._on_records(self._records)
         await self._update_prefill({r.id: r for r in self._records if r.role is Role.PREFILL})
         await self._update_decode({r.id: r for r in self._records if r.role is Role.DECODE})
 

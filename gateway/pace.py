@@ -58,19 +58,20 @@ class Pace(ExpectedService):
         each = self.mean_tokens if request.estimate is None else request.estimate.allotment
         return len(request.prompt_ids) + n * min(round(each), most)
 
-    def cost(self, request: Request) -> float:
-        """Expected seconds of service."""
-        return self.service(len(request.prompt_ids), self.output_tokens(request))
+    def cost(self, request: Request, cached: int = 0) -> float:
+        """Expected seconds of service, where so many tokens of the prompt are cached."""
+        return self.service(len(request.prompt_ids) - cached, self.output_tokens(request))
 
-    def submission(self, job: Job, time_to_live: float | None) -> Submission:
+    def submission(self, job: Job, time_to_live: float | None, cached: int = 0) -> Submission:
         """What the queue is told of a request."""
         request = job.request
-        tokens, cost = round(self.output_tokens(request)), self.cost(request)
+        tokens, cost = round(self.output_tokens(request)), self.cost(request, cached)
         return Submission(
             request_id=request.id,
             tenant=job.tenant,
             prompt_tokens=len(request.prompt_ids),
             max_tokens=request.sampling.n * request.stopping.max_tokens,
+            cached_tokens=cached,
             priority=request.priority,
             time_to_live=time_to_live,
             handicap=self.comes(cost),

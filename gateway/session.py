@@ -25,6 +25,7 @@ from baton.v1.generation_pb2 import Accepted, Finished, GenerateResponse, Timing
 from gateway.job import Job
 from gateway.output import SequenceOutput
 from gateway.tokenizer import Tokenizer
+from scheduling.prefix_map import PromptKeys
 
 
 class State(Enum):
@@ -77,6 +78,7 @@ class Session:
     ) -> None:
         """`on_done` is called once, when nothing more will be generated."""
         self.job = job
+        self.prefix = PromptKeys.of_request(job.request)
         self.state = State.QUEUED
         self.stages = Stages()
         self.cached_tokens = 0  # of the prompt, when it was first computed
@@ -121,6 +123,7 @@ class Session:
         that outlived its prediction is expected to get a quarter longer."""
         request = self.job.request
         each = request.estimate.tokens if request.estimate else round(mean)
+        each = min(each, request.stopping.max_tokens)
         done = [len(output.token_ids) for output in self.outputs if output.ending is None]
         left = (each - n if n < each else max(MIN_LEFT_TOKENS, n // 4) for n in done)
         return sum(left)

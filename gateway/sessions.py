@@ -40,9 +40,10 @@ class Sessions:
         *,
         on_waiting: Callable[[], None],
         on_done: Callable[[Session], None],
+        cached: Callable[[Session], int] = lambda session: 0,
     ) -> None:
         """`on_waiting` is called when a request waits, or room may have come free; `on_done`
-        when a session is over."""
+        when a session is over. `cached`: tokens of its prompt that a worker is expected to have."""
         self.accepting = True
         self._queue = queue
         self._tokenizer = tokenizer
@@ -50,12 +51,14 @@ class Sessions:
         self._pace = pace
         self._on_waiting = on_waiting
         self._on_done = on_done
+        self._cached = cached
         self._live: dict[str, Session] = {}
         self._submissions: dict[str, Submission] = {}  # as the queue was told
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting: set[str] = set()  # requests that no worker has
         self._waiting_of: dict[str, set[str]] = {}  # the same, by tenant
+        self._drawn: set[str] = set()  # those of them that some worker has a part of
         self._tenants: Counter[str] = Counter()  # live requests
         self._timers: dict[str, list[asyncio.TimerHandle]] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}  # the queue is being told
@@ -74,6 +77,17 @@ class Sessions:
     def waiting(self) -> int:
         """Requests that no worker has."""
         return len(self._waiting)
+
+    @property
+    def waiting_ids(self) -> list[str]:
+        """Those."""
+        return list(self._waiting)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether some of them are better off with one worker than with another: when they came, it
+        had a part of their prompt."""
+        return bool(self._drawn)
 
     @property
     def waiting_tenants(self) -> list[str]:
@@ -103,7 +117,8 @@ class Sessions:
         self._timers[request.id] = []
         self._idle.clear()
         try:
-            submission = self._pace.submission(job, _time_left(request))
+            cached = self._cached(session)
+            submission = self._pace.submission(job, _time_left(request), cached)
             self._submissions[request.id] = submission
             level = await self._queue.submit(submission)
         except (Overloaded, AlreadyExists):
@@ -204,6 +219,8 @@ class Sessions:
         if restart:
             session.waiting_since = now
         self._waiting.add(session.id)
+        if self._submissions[session.id].cached_tokens:
+            self._drawn.add(session.id)
         self._waiting_of.setdefault(session.job.tenant, set()).add(session.id)
         left = session.waiting_since + session.job.queue_timeout - now
         if restart:
@@ -214,6 +231,7 @@ class Sessions:
 
     def _waits_no_more(self, session: Session) -> None:
         self._waiting.discard(session.id)
+        self._drawn.discard(session.id)
         if waiting := self._waiting_of.get(session.job.tenant):
             waiting.discard(session.id)
             if not waiting:

@@ -90,6 +90,7 @@ class WorkerRecord:
     weight_dtype: str = ""  # number formats
     kv_dtype: str = ""
     batch_sequences: int | None = None  # most in one pass; None: it did not say
+    prefix_block_size: int = 0  # tokens per block of its prefix cache; 0: it keeps none
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Registration:
     weight_dtype: str = ""
     kv_dtype: str = ""
     batch_sequences: int | None = None
+    prefix_block_size: int = 0
 
 
 class Verdict(Enum):
@@ -183,7 +185,12 @@ class GatewayQueue(Protocol):
         ...
 
     async def claim(
-        self, worker: WorkerRecord, limit: int, tenants: Sequence[str] = ()
+        self,
+        worker: WorkerRecord,
+        limit: int,
+        tenants: Sequence[str] = (),
+        *,
+        only: str | None = None,
     ) -> list[Claimed]:
         """Take up to `limit` of this gateway's own requests for `worker`, within the worker's free
         token capacity: highest priority first, tenants in turn, and of a tenant's by level and
@@ -191,7 +198,12 @@ class GatewayQueue(Protocol):
         other gateways that stand ahead are left to them, and the capacity they will need is
         left too. Empty when the worker drains or is gone (then the caller refreshes).
         With `tenants`, as if nobody else's requests waited: for places that are open to them
-        only."""
+        only. With `only`, as if this gateway had no other request than that one."""
+        ...
+
+    async def next_up(self, limit: int) -> list[str]:
+        """Ids of up to `limit` of this gateway's own requests, in the order in which they would be
+        claimed by a worker with room for all."""
         ...
 
     async def handoff(self, request_id: str, claim: Claim, to: WorkerRecord) -> Claim | None:

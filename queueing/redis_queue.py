@@ -110,10 +110,15 @@ class RedisGatewayQueue:
         return reply
 
     async def claim(
-        self, worker: WorkerRecord, limit: int, tenants: Sequence[str] = ()
+        self,
+        worker: WorkerRecord,
+        limit: int,
+        tenants: Sequence[str] = (),
+        *,
+        only: str | None = None,
     ) -> list[Claimed]:
         """See GatewayQueue."""
-        target = (worker.id, worker.epoch)
+        target = (worker.id, worker.epoch, only or "")
         reply = await self._scripts.run(
             "claim", self._gateway, _nonce(), *target, limit, LOOK_AHEAD, *tenants
         )
@@ -121,6 +126,14 @@ class RedisGatewayQueue:
             Claimed(id, Claim(int(fence), int(attempt)), int(level), int(generated))
             for id, fence, level, generated, attempt in _rows(reply, 5)
         ]
+
+    async def next_up(self, limit: int) -> list[str]:
+        """See GatewayQueue."""
+        nobody = ("", 0, "")
+        ids: list[str] = await self._scripts.run(
+            "claim", self._gateway, _nonce(), *nobody, limit, LOOK_AHEAD
+        )
+        return ids
 
     async def handoff(self, request_id: str, claim: Claim, to: WorkerRecord) -> Claim | None:
         """See GatewayQueue."""
@@ -247,6 +260,7 @@ class RedisWorkerQueue:
             "weight_dtype": it.weight_dtype,
             "kv_dtype": it.kv_dtype,
             "batch_sequences": "" if it.batch_sequences is None else it.batch_sequences,
+            "prefix_block_size": it.prefix_block_size,
         }
         flat = [part for pair in fields.items() for part in pair]
         self._epoch = int(
@@ -301,6 +315,7 @@ def _worker(id: str, fields: dict[str, str]) -> WorkerRecord:
         weight_dtype=fields["weight_dtype"],
         kv_dtype=fields["kv_dtype"],
         batch_sequences=int(fields["batch_sequences"]) if fields.get("batch_sequences") else None,
+        prefix_block_size=int(fields.get("prefix_block_size", 0)),
     )
 
 

@@ -24,6 +24,7 @@ class Candidate:
     `sequences` run there, wait there or are on their way; `queued_tokens` of their prompts are
     not computed yet. `outstanding_tokens` are expected to be generated there still: 0 on a prefill
     worker, None where nobody knows. `slots` is the sequences of one batch; None: no limit is known.
+    `cached_tokens` of the request's own prompt need not be computed there.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Candidate:
     total_blocks: int = 0
     outstanding_tokens: int | None = None
     slots: int | None = None
+    cached_tokens: int = 0
 
     @property
     def beyond_batch(self) -> int:
@@ -105,6 +107,35 @@ class KvAware:
         return (one.beyond_batch, work, one.sequences, -one.free_blocks)
 
 
+class PrefixAware(KvAware):
+    """A worker that has the beginning of the prompt goes before others until it has more to do than
+    they by what that saves. Where nobody has any of it, as KvAware.
+
+    Both are counted in tokens, a token of a prompt like a generated one: in a pass that runs
+    anyway each costs the same (scheduling/cost.py). Who waits for a place in the batch counts
+    twice, for what must be generated before. Room for the predicted KV goes before everything.
+    """
+
+    def rank(self, candidates: Sequence[Candidate], blocks: int) -> list[Candidate]:
+        """Among equals the one with most free blocks, then by id."""
+        known = all(c.outstanding_tokens is not None for c in candidates)
+        if not known or not any(c.cached_tokens for c in candidates):
+            return super().rank(candidates, blocks)
+
+        def burden(one: Candidate) -> tuple[float | str, ...]:
+            no_room = one.free_blocks < max(1, blocks)
+            return (no_room, _tokens_before(one) - one.cached_tokens, -one.free_blocks, one.id)
+
+        return sorted(candidates, key=burden)
+
+
+def _tokens_before(one: Candidate) -> float:
+    """What the worker has to do already."""
+    generated = one.outstanding_tokens or 0
+    waiting = one.beyond_batch / max(1, one.sequences)
+    return generated * (1 + waiting) + one.queued_tokens
+
+
 def _work(one: Candidate) -> float:
     """Predicted work in generated tokens."""
     return (one.outstanding_tokens or 0) + one.queued_tokens * PROMPT_TOKEN_WEIGHT
@@ -114,6 +145,7 @@ ROUTERS: dict[str, type[Router]] = {
     "round-robin": RoundRobin,
     "least-outstanding": LeastOutstanding,
     "kv-aware": KvAware,
+    "prefix-aware": PrefixAware,
 }
 
 

@@ -1,28 +1,33 @@
 -- Give waiting requests of one gateway to a worker, in the order of the whole pool.
--- ARGV: now gateway nonce worker epoch limit look_ahead [tenant ...]
+-- ARGV: now gateway nonce worker epoch only limit look_ahead [tenant ...]
 -- Returns {id, fence, level, generated, attempt, ...}; empty also when the worker is gone or drains.
+-- Without a worker ('') nothing is claimed: returns {id, ...}, whatever room there is.
 --
 -- Only a request's own gateway has its prompt, so only that one can claim it. To keep the order
 -- anyway, a claim walks the queue from the head and subtracts what requests of other live gateways
 -- will need; it ends at the first request that does not fit, whoever owns it. So nothing
 -- overtakes, and a long prompt gets its turn when the worker runs empty: then the first one always
 -- fits (it will be cut into chunks). What the walk passes counts for its lane in thought only.
--- With tenants, only their lanes are walked.
+-- With tenants, only their lanes are walked. With an id in `only` the gateway keeps its other requests for
+-- other workers: they are passed, and take no capacity.
 drain_first()
 local t, gateway, nonce, worker, epoch = clock(), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local limit, look_ahead = tonumber(ARGV[6]), tonumber(ARGV[7])
+local only, limit, look_ahead = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 
 local answered = redis.call('GET', answer_key(nonce))
 if answered then return cjson.decode(answered) end
 
-local w = redis.call('HMGET', worker_key(worker), 'epoch', 'draining', 'role', 'capacity_tokens', 'tokens')
-if w[1] ~= epoch or w[2] == '1' then return {} end
-local state = w[3] == 'decode' and 'D' or 'P' -- a decode worker prefills by itself
-local free, idle = w[4] - w[5], w[5] == '0'
+local free, idle, state = math.huge, true, 'P'
+if worker ~= '' then
+  local w = redis.call('HMGET', worker_key(worker), 'epoch', 'draining', 'role', 'capacity_tokens', 'tokens')
+  if w[1] ~= epoch or w[2] == '1' then return {} end
+  if w[3] == 'decode' then state = 'D' end -- it prefills by itself
+  free, idle = w[4] - w[5], w[5] == '0'
+end
 local lease = setting('lease_ttl', 10) * 1000000
 
-local open_to = #ARGV >= 8 and {} or nil
-for i = 8, #ARGV do open_to[ARGV[i]] = true end
+local open_to = #ARGV >= 9 and {} or nil
+for i = 9, #ARGV do open_to[ARGV[i]] = true end
 
 local alive = {}
 local function is_alive(owner)
@@ -64,14 +69,14 @@ local function visit(lane)
     changed[lane] = changed[lane] or {}
     table.insert(changed[lane], lane.items[lane.at]) -- its record is lost: heal
   elseif is_alive(r.gateway) and (r.deadline == '' or tonumber(r.deadline) > t) then
-    local need = math.max(1, r.prompt + r.generated - r.cached)
-    if need > free and not idle then return true end
-    free, idle = free - need, false
-    lane.tag = lane.tag + cost_of_claim(r, bill_of(r))
-    if r.gateway == gateway then
-      changed[lane] = changed[lane] or {}
-      taken[#taken + 1] = { r, need }
+    local mine = r.gateway == gateway
+    if not mine or only == '' or only == id then
+      local need = math.max(1, r.prompt + r.generated - r.cached)
+      if need > free and not idle then return true end
+      free, idle = free - need, false
+      if mine then taken[#taken + 1] = { r, need, lane } end
     end
+    lane.tag = lane.tag + cost_of_claim(r, bill_of(r))
   end
   lane.at = lane.at + 1
   return #taken == limit or seen >= look_ahead
@@ -110,8 +115,13 @@ for _, priority in ipairs(redis.call('ZRANGE', CLASSES, 0, -1)) do
 end
 
 local out = {}
-for _, pair in ipairs(taken) do
-  local r, need = pair[1], pair[2]
+if worker == '' then
+  for _, one in ipairs(taken) do out[#out + 1] = one[1].id end
+  return out
+end
+for _, one in ipairs(taken) do
+  local r, need, lane = one[1], one[2], one[3]
+  changed[lane] = changed[lane] or {}
   local fence = next_fence(t)
   unlist(r)
   local tag = charge_lane(r)

@@ -68,8 +68,20 @@ class Cluster:
         self.workers: list[FakeWorker] = []
         self.server: GatewayServer | None = None
         self.registry = CollectorRegistry()
+        self._more: list[tuple[GatewayServer, Client]] = []
 
     async def start(self, **options) -> GatewayServer:
+        self.server = await self._gateway(self.registry, options)
+        self.client = Client(self.server.address)
+        return self.server
+
+    async def one_more(self, **options) -> tuple[GatewayServer, Client]:
+        """Another gateway of the pool, and a client of it."""
+        server = await self._gateway(CollectorRegistry(), options)
+        self._more.append((server, Client(server.address)))
+        return self._more[-1]
+
+    async def _gateway(self, registry: CollectorRegistry, options) -> GatewayServer:
         config = GatewayConfig(
             **{
                 "redis_url": self.redis_url,
@@ -80,10 +92,9 @@ class Cluster:
                 **options,
             }
         )
-        self.server = GatewayServer(config, self.model, GatewayMetrics(self.registry))
-        await self.server.start()
-        self.client = Client(self.server.address)
-        return self.server
+        server = GatewayServer(config, self.model, GatewayMetrics(registry))
+        await server.start()
+        return server
 
     async def prefill(self, name: str = "prefill-0", **settings) -> FakePrefill:
         return await self._add(FakePrefill(name, self.redis_url, self.pool), settings)
@@ -98,17 +109,24 @@ class Cluster:
         return worker
 
     async def ready(self) -> None:
-        """Wait until the gateway knows every worker."""
-        fleet = self.server.gateway.fleet
+        """Wait until the gateways know every worker."""
+        servers = [self.server, *(server for server, _ in self._more)]
+        fleets = [server.gateway.fleet for server in servers]
         names = {worker.id for worker in self.workers}
 
         def known() -> bool:
-            links = {id for id, link in fleet.decode.items() if link.connected}
-            return names <= links | set(fleet.prefill)
+            for fleet in fleets:
+                links = {id for id, link in fleet.decode.items() if link.connected}
+                if not names <= links | set(fleet.prefill):
+                    return False
+            return True
 
         await eventually(known)
 
     async def stop(self) -> None:
+        for server, client in self._more:
+            await client.close()
+            await server.stop(0)
         if self.server is not None:
             await self.client.close()
             await self.server.stop(0)

@@ -12,6 +12,8 @@ from baton.types import Claim, Request, Sampling, Stopping
 from gateway.dispatch import Dispatcher
 from gateway.job import Job
 from gateway.pace import Pace
+from gateway.placing import Placing
+from gateway.prefixes import Prefixes
 from gateway.session import State
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
@@ -42,7 +44,7 @@ class SlowQueue:
 async def rig(model_directory):
     """A queue, a dispatcher that is not running, and a request that a worker has."""
     queue = SlowQueue()
-    dispatcher = Dispatcher(queue, 4, PACE, "kv-aware")
+    dispatcher = Dispatcher(queue, 4, Placing(PACE, Prefixes(), "kv-aware", 0))
     sessions = Sessions(
         queue,
         Tokenizer.load(model_directory),

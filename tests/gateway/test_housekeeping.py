@@ -12,6 +12,8 @@ from gateway.dispatch import Dispatcher
 from gateway.housekeeping import Housekeeping
 from gateway.job import Job
 from gateway.pace import Pace
+from gateway.placing import Placing
+from gateway.prefixes import Prefixes
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
 from queueing.contract import Live, Outcome, Reaped
@@ -51,7 +53,7 @@ class ForgetfulQueue:
 @pytest.fixture
 async def rig(model_directory):
     queue = ForgetfulQueue()
-    dispatcher = Dispatcher(queue, 4, PACE, "kv-aware")
+    dispatcher = Dispatcher(queue, 4, Placing(PACE, Prefixes(), "kv-aware", 0))
     tokenizer = Tokenizer.load(model_directory)
     sessions = Sessions(
         queue, tokenizer, "tiny", PACE, on_waiting=dispatcher.wake, on_done=dispatcher.stop

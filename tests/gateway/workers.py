@@ -30,6 +30,7 @@ class FakeWorker:
         self.capacity_tokens = 10_000
         self.free_blocks = 1000
         self.batch_sequences: int | None = None
+        self.prefix_block_size = 0
         self.worker_ttl = 0.6  # tests of those that die wait for it; more where it may not pass
         self._redis_url, self._pool = redis_url, pool
 
@@ -51,6 +52,7 @@ class FakeWorker:
             capacity_blocks=1000,
             max_context=200,
             batch_sequences=self.batch_sequences,
+            prefix_block_size=self.prefix_block_size,
         )
         self.queue = RedisWorkerQueue(
             self._redis_url, self._pool, registration, worker_ttl=self.worker_ttl

@@ -176,15 +176,26 @@ class History:
     def claim(self, gateway: str, worker: str, back: int, limit: int) -> None:
         self.do_claim(gateway, worker, back, limit)
 
+    def claim_one(self, gateway: str, worker: str, n: int) -> None:
+        waiting = sorted(r.id for r in self.model.waiting() if r.gateway == gateway)
+        if waiting:
+            self.do_claim(gateway, worker, 0, 1, waiting[n % len(waiting)])
+
+    def look(self, gateway: str, limit: int) -> None:
+        expected = self.model.next_up(gateway, limit)
+        assert self.runner.run(self.gateways[gateway].next_up(limit)) == expected
+
     def claim_and_hand_off(self, gateway: str, worker: str, limit: int) -> None:
         for r in self.do_claim(gateway, worker, 0, limit):
             self.do_handoff(r, 0, 0)
 
-    def do_claim(self, gateway: str, worker: str, back: int, limit: int) -> list[Entry]:
+    def do_claim(
+        self, gateway: str, worker: str, back: int, limit: int, only: str | None = None
+    ) -> list[Entry]:
         if (record := self.record(worker, back)) is None:
             return []
-        expected = self.model.claimable(gateway, worker, record.epoch, limit)
-        got = self.runner.run(self.gateways[gateway].claim(record, limit))
+        expected = self.model.claimable(gateway, worker, record.epoch, limit, only)
+        got = self.runner.run(self.gateways[gateway].claim(record, limit, only=only))
         assert [(c.request_id, c.level, c.generated, c.claim.attempt) for c in got] == [
             (r.id, r.level, r.generated, r.faults + 1) for r in expected
         ]

@@ -222,25 +222,42 @@ class Reference:
         self.requests[new.id] = new
         return new.level
 
-    def claimable(self, gateway: str, worker: str, epoch: int, limit: int) -> list[Entry]:
+    def claimable(
+        self, gateway: str, worker: str, epoch: int, limit: int, only: str | None = None
+    ) -> list[Entry]:
         """What a claim must return: see GatewayQueue.claim."""
         w = self.workers.get(worker)
         if w is None or w.epoch != epoch or w.draining:
             return []
         used, out = self.in_flight(worker), list[Entry]()
+        for r, charge in self.walk_live():
+            mine = r.gateway == gateway
+            if not mine or only in (None, r.id):
+                if used and used + r.need > w.capacity:
+                    break
+                used += r.need
+                if mine:
+                    out.append(r)
+            charge()
+            if len(out) == limit:
+                break
+        return out
+
+    def walk_live(self) -> Iterator[tuple[Entry, Callable[[], None]]]:
+        """`walk`, without those whose gateway or deadline is gone."""
         for r, charge in self.walk():
             owner_dead = self.gateways.get(r.gateway, 0) <= self.now
-            if owner_dead or (r.deadline is not None and r.deadline <= self.now):
-                continue
-            if used and used + r.need > w.capacity:
-                break
-            used += r.need
+            if not owner_dead and (r.deadline is None or r.deadline > self.now):
+                yield r, charge
+
+    def next_up(self, gateway: str, limit: int) -> list[str]:
+        """See GatewayQueue.next_up."""
+        out = list[str]()
+        for r, charge in self.walk_live():
             charge()
             if r.gateway == gateway:
-                out.append(r)
-                if len(out) == limit:
-                    break
-        return out
+                out.append(r.id)
+        return out[:limit]
 
     def claim(self, r: Entry, worker: str, epoch: int, fence: int, state: str) -> None:
         start = self.tags.get(r.lane, 0)

@@ -123,6 +123,21 @@ async def test_nobody_overtakes_the_request_of_another_gateway(cluster: Pool):
     assert await two.claim(target, 8) == []
 
 
+async def test_a_request_may_be_claimed_by_name_but_not_before_those_of_others(cluster: Pool):
+    one, two = await cluster.gateway("g1"), await cluster.gateway("g2")
+    await cluster.worker("p", capacity_tokens=120)
+    for gateway, name, tokens in ((one, "a", 40), (two, "b", 40), (one, "c", 40), (one, "d", 41)):
+        cluster.clock.now += 0.01
+        await gateway.submit(request(name, tokens))
+    assert await one.next_up(2) == ["a", "c"]
+    target = await record(one, "p")
+    [claimed] = await one.claim(target, 8, only="c")  # b fits beside it, and a need not
+    assert claimed.request_id == "c"
+    assert await one.claim(target, 8, only="d") == []  # what is left is for b
+    assert [c.request_id for c in await two.claim(target, 8)] == ["b"]
+    assert await one.next_up(8) == ["a", "d"]
+
+
 async def test_a_prompt_larger_than_the_worker_waits_until_it_is_idle(cluster: Pool):
     gateway = await cluster.gateway("g")
     prefill = await cluster.worker("p", capacity_tokens=100)

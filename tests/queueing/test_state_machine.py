@@ -49,6 +49,8 @@ RULES: Rules = [
         "claim",
         {"gateway": GATEWAYS, "worker": list(ROLES), "back": [0, 0, 0, 1], "limit": [1, 2, 4]},
     ),
+    (2, "claim_one", {"gateway": GATEWAYS, "worker": list(ROLES), "n": range(9)}),
+    (1, "look", {"gateway": GATEWAYS, "limit": [1, 3, 16]}),
     (3, "claim_and_hand_off", {"gateway": GATEWAYS, "worker": ["p1", "p2"], "limit": [1, 2]}),
     (3, "handoff", {"n": range(90), "back": [0, 0, 1], "worker_back": [0, 0, 0, 1]}),
     (

@@ -1,5 +1,7 @@
 """Routing: who is named first, and why."""
 
+from dataclasses import replace
+
 import pytest
 
 from baton.errors import ConfigError
@@ -59,6 +61,34 @@ def test_a_prompt_token_weighs_less_than_a_generated_one():
     prompts = Candidate("a", 1, queued_tokens=512, free_blocks=9, outstanding_tokens=0)
     outputs = Candidate("b", 1, free_blocks=9, outstanding_tokens=16)
     assert ids("kv-aware", outputs, prompts) == ["a", "b"]
+
+
+def test_prefix_aware_is_kv_aware_where_nobody_has_any_of_the_prompt():
+    busy = Candidate("a", sequences=8, free_blocks=9, outstanding_tokens=60, slots=8)
+    long = Candidate("b", sequences=7, free_blocks=9, outstanding_tokens=900, slots=8)
+    full = Candidate("c", sequences=0, free_blocks=0, outstanding_tokens=0, slots=8)
+    assert ids("prefix-aware", busy, full, long) == ids("kv-aware", busy, full, long)
+
+
+def test_prefix_aware_prefers_who_has_the_prompt_until_its_work_outweighs_that():
+    idle = Candidate("a", free_blocks=9, outstanding_tokens=0)
+    has = Candidate("b", 3, 100, free_blocks=9, outstanding_tokens=399, cached_tokens=500)
+    assert ids("prefix-aware", idle, has) == ["b", "a"]
+    swamped = replace(has, outstanding_tokens=401)
+    assert ids("prefix-aware", idle, swamped) == ["a", "b"]
+
+
+def test_prefix_aware_counts_who_waits_for_a_place_twice():
+    idle = Candidate("a", free_blocks=9, outstanding_tokens=0, slots=8)
+    has = Candidate("b", 10, 0, 9, outstanding_tokens=100, slots=11, cached_tokens=125)
+    assert ids("prefix-aware", idle, has) == ["b", "a"]
+    assert ids("prefix-aware", idle, replace(has, slots=8)) == ["a", "b"]  # 100 and 3 times 10
+
+
+def test_prefix_aware_prefers_room_to_a_cached_prompt():
+    full = Candidate("a", free_blocks=3, outstanding_tokens=0, cached_tokens=9000)
+    roomy = Candidate("b", 9, free_blocks=8, outstanding_tokens=900)
+    assert ids("prefix-aware", full, roomy, blocks=4) == ["b", "a"]
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():

@@ -1,0 +1,92 @@
+"""Which workers a request goes to: the configured router, with what is known of each worker's load
+and of what it has of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from gateway.attempt import Workers
+from gateway.decode_link import DecodeLink
+from gateway.fleet import Fleet, PrefillPeer
+from gateway.pace import Pace
+from gateway.prefixes import Prefixes
+from gateway.session import Session
+from queueing.contract import WorkerRecord
+from scheduling.routing import make_router
+
+NOTHING: Mapping[str, int] = {}
+
+
+def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
+    """KV of one can be read by the other."""
+    return (prefill.layout_digest, prefill.model) == (decode.layout_digest, decode.model)
+
+
+class Placing:
+    """Ranks workers. `cached` is always Prefixes.cached of the request: tokens by worker."""
+
+    def __init__(self, pace: Pace, prefixes: Prefixes, routing: str, local_tokens: int) -> None:
+        """`local_tokens`: as GatewayConfig.local_prefill_tokens. Raises ConfigError for an unknown
+        `routing`."""
+        self.prefixes = prefixes
+        self._pace = pace
+        self._to_prefill, self._to_decode = make_router(routing), make_router(routing)
+        self._local_tokens = local_tokens
+
+    def peers(
+        self, peers: Iterable[PrefillPeer], cached: Mapping[str, int] = NOTHING
+    ) -> list[PrefillPeer]:
+        """Best first."""
+        by_id = {peer.record.id: peer for peer in peers}
+        candidates = [
+            replace(peer.candidate(), cached_tokens=cached.get(id, 0)) for id, peer in by_id.items()
+        ]
+        return [by_id[one.id] for one in self._to_prefill.rank(candidates, 1)]
+
+    def links(
+        self,
+        links: Sequence[DecodeLink],
+        session: Session | None = None,
+        cached: Mapping[str, int] = NOTHING,
+    ) -> list[DecodeLink]:
+        """Best first; without a session for whatever comes."""
+        tokens = 0 if session is None else self._pace.kv_tokens(session.job.request)
+        blocks = max((link.blocks_for(tokens) for link in links), default=0)
+        mean = self._pace.mean_tokens
+        by_id = {link.record.id: link for link in links}
+        candidates = [
+            replace(link.candidate(mean), cached_tokens=cached.get(id, 0))
+            for id, link in by_id.items()
+        ]
+        return [by_id[one.id] for one in self._to_decode.rank(candidates, max(1, blocks))]
+
+    def prefills_itself(self, id: str, session: Session, cached: Mapping[str, int]) -> bool:
+        """Whether this decode worker has so much of the prompt that a prefill worker would only be
+        a detour."""
+        left = len(session.job.request.prompt_ids) - cached.get(id, 0)
+        return id in cached and left <= self._local_tokens
+
+    def is_worth_waiting(self, session: Session, tokens: int, now: float) -> bool:
+        """Whether it should wait for a worker that has so many tokens of its prompt more than one
+        that is free now: for as long as they would take to compute. So it never waits for nothing
+        longer than it would have been busy for nothing."""
+        return now - session.waiting_since < tokens * self._pace.prefill_per_token
+
+    def sent(self, session: Session, link: DecodeLink, helper: PrefillPeer | None) -> Workers:
+        """It goes there now."""
+        worker = link.record if helper is None else helper.record
+        cached = self.prefixes.cached(session).get(worker.id, 0)
+        for record in {worker.id: worker, link.record.id: link.record}.values():
+            self.prefixes.sent(session, record)
+        return Workers(link, helper, len(session.job.request.prompt_ids) - cached)
+
+    def expected(self, session: Session, fleet: Fleet) -> int:
+        """Tokens of its prompt that will not have to be computed, wherever it goes."""
+        cached = self.prefixes.cached(session)
+        usable = [
+            tokens
+            for id, tokens in cached.items()
+            if id in fleet.prefill or not fleet.prefill or self.prefills_itself(id, session, cached)
+        ]
+        return max(usable, default=0)
