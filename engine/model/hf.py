@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from baton.errors import ModelError
@@ -30,6 +30,7 @@ from engine.model.hf_attention import (
     attending,
 )
 from engine.model.model import Output
+from engine.model.weights import Checkpoint
 
 
 class TransformersModel:
@@ -121,11 +122,22 @@ def load_fallback(
 def _load(
     path: Path, config: ModelConfig, kind: type[PreTrainedModel], dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The model with its weights, computing attention as transformers does."""
+    """The model with its weights, computing attention as transformers does. Weights that are stored
+    quantized become dense, by our reading of them: transformers leaves theirs to other packages."""
+    sources: dict[str, Any] = {"pretrained_model_name_or_path": path}
     try:
+        if config.scheme is not None:
+            plain = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            del plain.quantization_config
+            weights = Checkpoint(path, dtype or config.dtype or torch.float32).dense()
+            sources = {
+                "pretrained_model_name_or_path": None,
+                "config": plain,
+                "state_dict": weights,
+            }
         with _quiet():
             loaded: Any = kind.from_pretrained(
-                path,
+                **sources,
                 dtype=dtype or config.dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -133,11 +145,22 @@ def _load(
                 attn_implementation="eager",
                 output_loading_info=True,
             )
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises whatever the files provoked
         raise ModelError(f"{path}: {hf_checks.first_line(error)}") from error
     model: PreTrainedModel = loaded[0]  # from_pretrained has set it to evaluation
-    hf_checks.check_loading(config, loaded[1])
+    hf_checks.check_loading(config, loaded[1], model)
     return model
+
+
+def _unquantized(path: Path) -> PretrainedConfig:
+    """A configuration that says nothing of quantization."""
+    found = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(found, name):
+            delattr(found, name)
+    return found
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from baton.errors import ModelError
 from baton.types import Request, Sampling, Stopping
@@ -89,8 +90,13 @@ def check_config(config: ModelConfig) -> None:
         raise ModelError(f"{name} has chunked attention")
 
 
-def check_loading(config: ModelConfig, info: dict[str, Any]) -> None:
+def check_loading(config: ModelConfig, info: dict[str, Any], model: PreTrainedModel) -> None:
     """Refuse a checkpoint that does not fit the architecture. Raises ModelError."""
+    if config.scheme is not None and any(isinstance(part, Conv1D) for part in model.modules()):
+        raise ModelError(
+            f"{config.path}: {config.architecture} has its weights transposed, which is not "
+            f"supported in quantized checkpoints ({config.scheme.method})"
+        )
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         found = sorted(str(key) for key in info.get(problem) or ())
         if found:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from baton import cores
-from baton.errors import ModelError
 from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.fused import FAMILY, hindrance
@@ -131,11 +130,6 @@ def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:
     checkpoint = Checkpoint(config.path, _torch_dtype(config, options), options.device)
     found = _NATIVE.get(config.architecture)
     if found is None:
-        if config.scheme is not None:
-            raise ModelError(
-                f"{config.path}: {config.architecture} has no implementation here that reads "
-                f"quantized checkpoints ({config.scheme.method})"
-            )
         from engine.model.hf import load_fallback
 
         model: PagedModel = load_fallback(

@@ -108,6 +108,17 @@ class Checkpoint:
         self._check(name, tuple(found.shape), shape, found.dtype)
         return found.to(device=self.device, dtype=self.dtype, copy=True)
 
+    def dense(self) -> dict[str, Tensor]:
+        """All tensors by their names, of quantized weights what they mean, in memory of their own.
+        Raises ModelError as a call does."""
+        names = list(self._where) if self._quantized is None else self._quantized.names(self._where)
+        found = {}
+        for name in names:
+            floats = self.is_quantized(name) or self._dtype(name) in _FLOATS
+            shape = self.stored_shape(name)
+            found[name] = self(name, *shape) if floats else self._read(name).to(self.device)
+        return found
+
     def mapped(self, name: str, *shape: int, window: Window | None = None) -> Tensor:
         """Tensor `name`, or a window of it, where it lies in the file, in its stored dtype; never
         write to it.

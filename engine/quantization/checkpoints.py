@@ -7,6 +7,8 @@ products use (groupwise.py). What is wrong with it costs a ModelError that names
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ _SUFFIXES = {
     Layout.PLAIN: ("weight", "weight_scale", "weight_scale_inv", "weight_zero_point"),
 }
 SCALE_SUFFIXES = ("scales", "weight_scale", "weight_scale_inv", "input_scale")  # no weights
+# Of activations and of KV, for which there is no use here.
+_UNUSED = ("input_scale", "input_zero_point", "output_scale", "q_scale", "k_scale", "v_scale")
 
 
 class QuantizedWeights:
@@ -51,9 +55,20 @@ class QuantizedWeights:
         stored = (f"{module}.{suffix}" for suffix in _SUFFIXES[form.layout])
         return [part for part in stored if part in self._files.names]
 
+    def names(self, stored: Iterable[str]) -> Iterator[str]:
+        """The weights and other tensors that a checkpoint with these tensors means."""
+        parts = {suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+        for name in stored:
+            module, _, kind = name.rpartition(".")
+            weight = f"{module}.weight"
+            if kind in ("qweight", "weight_packed"):
+                yield weight
+            elif kind == "weight" or not (kind in _UNUSED or (kind in parts and weight in self)):
+                yield name
+
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of weight `name`, as its tensors have it; inputs that fill up a last word of
-        GPTQ count. Raises ModelError."""
+        GPTQ count where nothing says how many there are. Raises ModelError."""
         module, form = self._form(name)
         first = f"{module}.{_SUFFIXES[form.layout][0]}"
         if first not in self._files.names:
@@ -63,6 +78,9 @@ class QuantizedWeights:
             raise ModelError(f"{self._files.path}: tensor {first!r} is no matrix")
         per_word = packing.WORD // form.bits
         if form.layout is Layout.GPTQ:
+            groups = f"{module}.g_idx"
+            if groups in self._files.names:
+                return stored.shape[1], self._files.read(groups).numel()
             return stored.shape[1], stored.shape[0] * per_word
         if form.layout is Layout.AWQ:
             return stored.shape[1] * per_word, stored.shape[0]
