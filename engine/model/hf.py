@@ -156,7 +156,9 @@ def _load(
 
 def _unquantized(path: Path) -> PretrainedConfig:
     """A configuration that says nothing of quantization."""
-    found = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    found: PretrainedConfig = AutoConfig.from_pretrained(
+        path, trust_remote_code=False, local_files_only=True
+    )
     for name in ("quantization_config", "compression_config"):
         if hasattr(found, name):
             delattr(found, name)

@@ -19,7 +19,7 @@ from engine.model.mapped import MappedFile
 from engine.quantization.checkpoints import SCALE_SUFFIXES, QuantizedWeights
 from engine.quantization.groupwise import Fp8Quantized, GroupQuantized
 from engine.quantization.reader import Files
-from engine.quantization.scheme import OLD_FILE, Scheme, read_scheme
+from engine.quantization.scheme import OTHER_FILES, Scheme, read_scheme
 from engine.quantization.window import Window, span
 
 _INDEX = "model.safetensors.index.json"
@@ -204,8 +204,9 @@ def fingerprint(path: Path, quantization: str = "none") -> str:
             for sample in range(_SAMPLES):
                 stream.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
-    if (path / OLD_FILE).is_file():
-        digest.update((path / OLD_FILE).read_bytes())
+    for name in OTHER_FILES:
+        if (path / name).is_file():
+            digest.update((path / name).read_bytes())
     if quantization != "none":
         digest.update(quantization.encode())
     return digest.hexdigest()

@@ -23,6 +23,7 @@ _QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _SUFFIXES = {
     Layout.GPTQ: ("qweight", "qzeros", "scales", "g_idx"),
     Layout.AWQ: ("qweight", "qzeros", "scales"),
+    Layout.AWQ_GEMV: ("qweight", "qzeros", "scales"),
     Layout.PACKED: (
         *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
     ),
@@ -89,6 +90,7 @@ class QuantizedWeights:
             if shape in self._files.names and self._files.read(shape).numel() == 2:
                 out, into = (int(size) for size in self._files.read(shape))
                 return out, into
+        if form.layout in (Layout.PACKED, Layout.AWQ_GEMV):
             return stored.shape[0], stored.shape[1] * per_word
         return stored.shape[0], stored.shape[1]
 

@@ -46,6 +46,7 @@ class Reader:
         readers = {
             Layout.GPTQ: self._gptq,
             Layout.AWQ: self._awq,
+            Layout.AWQ_GEMV: self._awq_gemv,
             Layout.PACKED: self._packed,
             Layout.PLAIN: self._plain,
         }
@@ -100,6 +101,22 @@ class Reader:
             packing.unpack_awq(weights, outputs).T.contiguous(),
             self._outputs(scales.T).contiguous(),
             packing.unpack_awq(zeros, outputs).T.contiguous(),
+            self._group_of(None),
+            bits,
+        )
+
+    def _awq_gemv(self) -> Integers:
+        bits, out, groups = self.form.bits, self.out, range(self._groups)
+        weights = self._tensor("qweight", (torch.int32,), (out, packing.words(self.into, bits)))
+        # Zeros are filled up to whole words, or to several that a kernel loads at once.
+        multiple = max(1, 128 // self._group_size)
+        width = -(-packing.words(len(groups), bits) // multiple) * multiple
+        zeros = self._tensor("qzeros", (torch.int32,), (out, width))
+        scales = self._tensor("scales", _SCALES, (out, width * packing.WORD // bits))
+        return Integers(
+            packing.unpack(self._outputs(weights), bits, self.window.inputs),
+            self._outputs(scales)[:, span(groups)].contiguous(),
+            packing.unpack(self._outputs(zeros), bits, groups).contiguous(),
             self._group_of(None),
             bits,
         )

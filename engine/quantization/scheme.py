@@ -1,15 +1,17 @@
 """What a configuration says of how a checkpoint's weights are stored.
 
-Understood are GPTQ and AWQ as AutoGPTQ, GPTQModel and AutoAWQ write them, compressed-tensors as
-llm-compressor does, and fp8 by blocks, by channels or by tensors as DeepSeek, Qwen and AutoFP8
-have it. What is not understood is refused by its name.
+Understood are GPTQ and AWQ as AutoGPTQ, GPTQModel, AutoAWQ and AutoRound write them,
+compressed-tensors as llm-compressor does, and fp8 by blocks, by channels or by tensors as DeepSeek,
+Qwen, AutoFP8, FBGEMM and ModelOpt have it. What is not understood is refused by its name.
+
+How activations and KV are to be quantized is read over: here that is a worker's own choice.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,7 +19,13 @@ from typing import Any
 
 from baton.errors import ModelError
 
-OLD_FILE = "quantize_config.json"  # where GPTQ kept its configuration before config.json had it
+# Where tools keep or once kept what config.json has now, and the method of those.
+OTHER_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+_SPECIAL = frozenset("*+?^$()[]{}|\\")  # by which AutoRound tells expressions from names
 
 
 class Layout(Enum):
@@ -25,6 +33,7 @@ class Layout(Enum):
 
     GPTQ = "gptq"  # qweight, qzeros, scales, g_idx
     AWQ = "awq"  # qweight, qzeros, scales
+    AWQ_GEMV = "awq gemv"  # the same, the other way round and filled up
     PACKED = "packed"  # weight_packed, weight_scale, weight_shape, weight_zero_point, weight_g_idx
     PLAIN = "plain"  # weight in int8 or fp8, weight_scale, weight_zero_point
 
@@ -48,6 +57,9 @@ class Form:
         return "fp8" if self.floating else f"int{self.bits}"
 
 
+Forms = tuple[tuple[tuple[str, ...], Form], ...]  # patterns, and what they stand for
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """The quantization of a checkpoint: a form per pattern of module names.
@@ -56,7 +68,7 @@ class Scheme:
     """
 
     method: str
-    forms: tuple[tuple[tuple[str, ...], Form], ...]
+    forms: Forms
     ignored: tuple[str, ...] = field(default=())
 
     @property
@@ -83,8 +95,9 @@ def read_scheme(path: Path) -> Scheme | None:
     """
     config = _json(path / "config.json")
     found = config.get("quantization_config", config.get("compression_config"))
-    if found is None and (path / OLD_FILE).is_file():
-        found = {"quant_method": "gptq"} | _json(path / OLD_FILE)
+    for name, method in OTHER_FILES.items():
+        if found is None and (path / name).is_file():
+            found = {"quant_method": method} | _json(path / name)
     if found is None:
         return None
     if not isinstance(found, dict):
@@ -110,33 +123,61 @@ class _Unsupported(Exception):
 
 def _gptq(config: Mapping[str, Any]) -> Scheme:
     version = config.get("checkpoint_format") or config.get("format") or "gptq"
-    _only(config.get("bits"), "bits", (4, 8))
     _only(version, "checkpoint_format", ("gptq", "gptq_v2"))
     _only(bool(config.get("is_marlin_format")), "is_marlin_format", (False,))
     _only(config.get("pack_dtype") or "int32", "pack_dtype", ("int32",))
-    _only(config.get("dynamic") or None, "dynamic", (None,))
-    form = Form(
-        Layout.GPTQ,
-        config["bits"],
-        symmetric=False,  # the zeros are stored, whatever they are
-        group_size=_group_size(config.get("group_size", 128)),
-        zeros_less_one=version == "gptq",
-    )
-    return Scheme("gptq", ((("Linear",), form),))
+
+    def form(options: Mapping[str, Any]) -> Form:
+        _only(options.get("bits"), "bits", (4, 8))
+        return Form(
+            Layout.GPTQ,
+            options["bits"],
+            symmetric=False,  # the zeros are stored, whatever they are
+            group_size=_group_size(options.get("group_size", 128)),
+            zeros_less_one=version == "gptq",
+        )
+
+    # Of modules that "-:" excludes there is nothing to say: their weights are not quantized.
+    dynamic = (config.get("dynamic") or {}).items()
+    forms = [
+        ((f"re:{pattern.removeprefix('+:')}",), form({**config, **options}))
+        for pattern, options in dynamic
+        if not pattern.startswith("-:")
+    ]
+    return Scheme("gptq", _checked((*forms, (("Linear",), form(config)))))
 
 
 def _awq(config: Mapping[str, Any]) -> Scheme:
+    # Zeros are stored and used whatever `zero_point` says: where it is false they are all 8.
     _only(config.get("bits", config.get("w_bit", 4)), "bits", (4,))
-    _only(config.get("zero_point", True), "zero_point", (True,))
-    version = config.get("version") or config.get("format") or "gemm"
-    _only(str(version).lower(), "version", ("gemm",))
+    _only(config.get("backend") or "autoawq", "backend", ("autoawq",))
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    layouts = {"gemm": Layout.AWQ, "gemv": Layout.AWQ_GEMV}
+    _only(version, "version", layouts)
     form = Form(
-        Layout.AWQ,
+        layouts[version],
         4,
         symmetric=False,
         group_size=_group_size(config.get("group_size", config.get("q_group_size", 128))),
     )
     return Scheme("awq", ((("Linear",), form),))
+
+
+def _auto_round(config: Mapping[str, Any]) -> Scheme:
+    makers = {"auto_round:auto_gptq": _gptq, "auto_round:auto_awq": _awq}
+    _only(config.get("packing_format"), "packing_format", makers)
+    _only(config.get("data_type") or "int", "data_type", ("int",))
+    _only(config.get("rotation_config") or None, "rotation_config", (None,))
+    make = makers[config["packing_format"]]
+    keys = ("bits", "group_size")
+    form = make({key: config[key] for key in keys}).forms[0][1]
+    forms = []
+    for name, options in (config.get("extra_config") or {}).items():
+        found = {key: options.get(key, config[key]) for key in keys}
+        if found["bits"] <= 8:  # else it is not quantized
+            pattern = f"re:.*?(?:{name})" if set(name) & _SPECIAL else name
+            forms.append(((pattern,), make(found).forms[0][1]))
+    return Scheme("auto-round", _checked((*forms, (("Linear",), form))))
 
 
 def _fp8(config: Mapping[str, Any]) -> Scheme:
@@ -147,12 +188,22 @@ def _fp8(config: Mapping[str, Any]) -> Scheme:
     return Scheme("fp8", ((("Linear",), form),))
 
 
+def _fbgemm_fp8(config: Mapping[str, Any]) -> Scheme:
+    return Scheme("fbgemm_fp8", ((("Linear",), Form(Layout.PLAIN, 8, floating=True)),))
+
+
+def _modelopt(config: Mapping[str, Any]) -> Scheme:
+    algorithm = config.get("quantization", config).get("quant_algo")
+    _only(algorithm, "quant_algo", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"))
+    return Scheme("modelopt", ((("Linear",), Form(Layout.PLAIN, 8, floating=True)),))
+
+
 def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     _only(config.get("transform_config") or None, "transform_config", (None,))
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
     _only(sparsity, "sparsity_config.format", ("dense",))
     status = config.get("quantization_status", "compressed")
-    _only(status, "quantization_status", ("compressed",))
+    _only(status, "quantization_status", ("compressed", "frozen"))
     forms = []
     for group in config["config_groups"].values():
         if not isinstance(group, dict):
@@ -162,9 +213,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
         form = _compressed_form(group["weights"], group.get("format") or config["format"])
         forms.append((tuple(str(target) for target in group["targets"]), form))
     ignored = tuple(str(name) for name in config.get("ignore") or ())
-    for pattern in (*ignored, *(target for targets, _ in forms for target in targets)):
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-    return Scheme("compressed-tensors", tuple(forms), ignored)
+    _compile(ignored)
+    return Scheme("compressed-tensors", _checked(tuple(forms)), ignored)
 
 
 def _compressed_form(weights: Mapping[str, Any], stored: str) -> Form:
@@ -202,10 +252,25 @@ def _group_size(value: Any) -> int | None:
 
 
 def _block(value: Any) -> tuple[int, int]:
+    if isinstance(value, str):  # "128x128"
+        value = value.split("x")
     rows, columns = (int(side) for side in value)
     if rows < 1 or columns < 1:
         raise ValueError(f"blocks of {value!r}")
     return rows, columns
+
+
+def _checked(forms: Forms) -> Forms:
+    """The same, if their patterns are."""
+    for patterns, _ in forms:
+        _compile(patterns)
+    return forms
+
+
+def _compile(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            re.compile(pattern.removeprefix("re:"))
 
 
 def _only(value: Any, name: str, supported: Any) -> None:
@@ -241,4 +306,7 @@ _METHODS = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
+    "modelopt": _modelopt,
+    "auto-round": _auto_round,
 }

@@ -1,7 +1,8 @@
 """Weights that others have quantized are read as others read them.
 
-The files in tests/data/quantized were made by the code of GPTQModel, AutoAWQ, compressed-tensors
-and transformers, and so were the weights expected from them (`source` in the metadata of each).
+The files in tests/data/quantized were made by the code of GPTQModel, AutoAWQ, AutoRound, ModelOpt,
+compressed-tensors and transformers, and so were the weights expected from them (`source` in the
+metadata of each).
 """
 
 from __future__ import annotations
