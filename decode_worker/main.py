@@ -51,7 +51,7 @@ class DecodeServer:
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
         cost = CostTracker()
         self._dialer = _dialer(config, layout)
-        store = to_fill(executor.pool)
+        store = to_fill(executor)
         self._consumer = PullConsumer(store, layout, self._dialer, timeout=config.kv_timeout)
         self._executor = executor
         self._recorder = recorder_from(config, "decode", capacity, cost.model)

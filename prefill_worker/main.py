@@ -46,7 +46,7 @@ class PrefillServer:
         address = require_reachable(
             config.advertise_address or server.address, "--advertise-address"
         )
-        executor = executor_from(config, share=self._share if config.device == "cpu" else None)
+        executor = executor_from(config, share=self._share)
         if config.shared_cores:
             executor.share_cores(SharedCores(Place.parse(config.shared_cores)))
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from baton.types import Logprob
-from engine.attention.contract import Batch
 from engine.gpu.choice import DeviceChoice
 from engine.gpu.graphs import DecodeGraphs, DecodeRows
 from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
-from engine.gpu.transfer import Arriving, Stopwatch, to_device
+from engine.gpu.transfer import Arriving, Stopwatch, batch_to_device, to_device
 from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
 from engine.model.logits import needs_adjustment
 from engine.model.pool import KvPool
@@ -92,7 +89,7 @@ class Launcher:
             logits = self._graphs.run(self._rows(plan.chunks), to_device(ids, self._device))
             return self._choose(chunks, sampling, logits)
         batch, places = self._batches.build(plan)
-        batch = _on_device(batch, self._device)
+        batch = batch_to_device(batch, self._device)
         logits = self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
         prompt = [
             prompt_logprobs_of(chunk, place, logits)
@@ -161,19 +158,3 @@ def _row(place: ChunkRows, whole_rows: int) -> int:
         return place.sample
     assert place.best is not None
     return whole_rows + place.best
-
-
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return to_device(tensor.numpy(), device)
-
-    return replace(
-        batch,
-        token_ids=moved(batch.token_ids),
-        positions=moved(batch.positions),
-        slots=moved(batch.slots),
-        block_tables=moved(batch.block_tables),
-        logit_rows=moved(batch.logit_rows),
-    )

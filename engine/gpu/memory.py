@@ -37,6 +37,40 @@ class Memory:
         """What KV may take if this worker and all others may take `share` of the device."""
         return int(self.total * share) - self.taken
 
+    def kv_room(self, share: float) -> int:
+        """`room`, told to people. Raises ConfigError if nothing is left."""
+        room = self.room(share)
+        _log.info(
+            "GPU memory: %.1f GiB in all, %.1f for weights and passes, %.1f for KV",
+            self.total / 2**30,
+            self.taken / 2**30,
+            room / 2**30,
+        )
+        if room <= 0:
+            raise ConfigError(
+                f"--device-memory {share}: weights and passes take "
+                f"{self.taken / 2**30:.1f} of {self.total / 2**30:.1f} GiB, no KV fits"
+            )
+        return room
+
+
+def begin_trial(device: torch.device) -> None:
+    """From now on, what this process takes of `device` is measured."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def end_trial(device: torch.device, trial_bytes: int) -> Memory:
+    """What was taken since the trial began, for one whose pool had `trial_bytes` and is gone."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return Memory(total, others, peak, trial_bytes)
+
 
 def room_for_kv(trial: Callable[[], int], device: torch.device, share: float) -> int:
     """Bytes for KV. `trial` runs the largest passes over a pool of its own, whose bytes it returns,
@@ -44,25 +78,5 @@ def room_for_kv(trial: Callable[[], int], device: torch.device, share: float) ->
 
     Raises ConfigError if nothing is left.
     """
-    torch.cuda.reset_peak_memory_stats(device)
-    trial_bytes = trial()
-    gc.collect()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_reserved(device)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    memory = Memory(total, others, peak, trial_bytes)
-    room = memory.room(share)
-    _log.info(
-        "GPU memory: %.1f GiB in all, %.1f for weights and passes, %.1f for KV",
-        total / 2**30,
-        memory.taken / 2**30,
-        room / 2**30,
-    )
-    if room <= 0:
-        raise ConfigError(
-            f"--device-memory {share}: weights and passes take "
-            f"{memory.taken / 2**30:.1f} of {total / 2**30:.1f} GiB, no KV fits"
-        )
-    return room
+    begin_trial(device)
+    return end_trial(device, trial()).kv_room(share)

@@ -22,8 +22,9 @@ from engine.gpu.linear import GpuLinear, linear
 from engine.gpu.ragged import Ragged
 from engine.model.config import ModelConfig
 from engine.model.fused import ACTIVATIONS
-from engine.model.llama import Shape, read_shape
+from engine.model.llama import Shape, read_shape, share_of
 from engine.model.model import Output
+from engine.model.part import WHOLE, Part
 from engine.model.rope import Rope, Rotations
 from engine.model.weights import Checkpoint
 
@@ -40,35 +41,43 @@ class Inputs:
 
 
 class GpuLlama:
-    """A PagedModel (engine/model/model.py)."""
+    """A PagedModel (engine/model/model.py), or a part of one: then a pass is `embed` in the first
+    part, `run` in each, and `head` in the last."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, quantization: str) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        quantization: str,
+        part: Part = WHOLE,
+    ) -> None:
         """`quantization` as in WorkerConfig. Raises ModelError where checkpoint and configuration
         disagree."""
-        shape = read_shape(config)
+        shape = share_of(read_shape(config), part)
+        layers, rows = part.layers(config.layers), part.vocabulary(config.vocab_size)
         self.vocab_size = config.vocab_size
-        self.layers = config.layers
+        self.layers = len(layers)
         self.kv_heads = shape.kv_heads
         self.head_dim = shape.head_dim
         self.max_context = config.max_context
         self.heads = shape.heads
         self._eps = shape.eps
+        self._part = part
         self._rotations = Rotations(
             Rope(config.source, shape.head_dim, torch.float32, checkpoint.device)
         )
-        self._embedding = checkpoint("model.embed_tokens.weight", config.vocab_size, shape.hidden)
+        if part.first or config.tied:
+            self._embedding = checkpoint("model.embed_tokens.weight", rows, shape.hidden)
         activation = ACTIVATIONS[config.source.hidden_act]
         self._layers = [
-            Layer(index, shape, activation, checkpoint, quantization)
-            for index in range(config.layers)
+            Layer(index, shape, activation, checkpoint, quantization, part) for index in layers
         ]
-        self._norm = checkpoint("model.norm.weight", shape.hidden)
-        # The head keeps the model's own format: its rounding is that of the answer itself.
-        self._head = (
-            self._embedding
-            if config.tied
-            else checkpoint("lm_head.weight", config.vocab_size, shape.hidden)
-        )
+        if part.last:
+            self._norm = checkpoint("model.norm.weight", shape.hidden)
+            # The head keeps the model's own format: its rounding is that of the answer itself.
+            self._head = (
+                self._embedding if config.tied else checkpoint("lm_head.weight", rows, shape.hidden)
+            )
 
     @property
     def rotations(self) -> Rotations:
@@ -95,21 +104,32 @@ class GpuLlama:
         return Inputs(batch.token_ids, batch.slots, rotations, rows, Ragged.of(batch))
 
     def logits(self, inputs: Inputs, rows: Tensor | None, cache: KvCache) -> Tensor:
-        """The logits of these rows [R] of the flat batch, of all if None: [R, vocab_size].
+        """The logits of these rows [R] of the flat batch, of all if None: [R, vocab_size], of which
+        a part among several has its own columns.
 
         Nothing waits for the device, and a CUDA graph can record it.
         """
-        residual = F.embedding(inputs.token_ids.clamp(min=0), self._embedding)  # [T, hidden]
-        normed = rms_norm(residual, self._layers[0].input_norm, self._eps)
-        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        for layer, norm in zip(self._layers, following, strict=True):
-            normed = add_rms_norm(
-                layer.attend(normed, inputs, cache), residual, layer.norm, self._eps
-            )
-            normed = add_rms_norm(layer.mlp(normed), residual, norm, self._eps)
-        if rows is not None:
-            normed = normed.index_select(0, rows)
-        return F.linear(normed, self._head)
+        return self.head(self.run(self.embed(inputs.token_ids), inputs, cache), rows)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The residual stream at its beginning: [T, hidden]."""
+        return self._part.embed(token_ids.clamp(min=0), self._embedding)
+
+    def run(self, x: Tensor, inputs: Inputs, cache: KvCache) -> Tensor:
+        """The layers: from the residual stream x [T, hidden], which is changed, to the one that the
+        next part begins with, or to what the last part's head reads."""
+        normed = rms_norm(x, self._layers[0].input_norm, self._eps)
+        for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
+            attended = layer.attend(normed, inputs, cache)
+            normed = add_rms_norm(attended, x, layer.norm, self._eps)
+            added = layer.mlp(normed)
+            if following is not None:
+                normed = add_rms_norm(added, x, following.input_norm, self._eps)
+        return add_rms_norm(added, x, self._norm, self._eps) if self._part.last else x.add_(added)
+
+    def head(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """From what `run` of the last part gave to `logits`."""
+        return F.linear(x if rows is None else x.index_select(0, rows), self._head)
 
 
 class Layer:
@@ -122,9 +142,11 @@ class Layer:
         activation: str,
         checkpoint: Checkpoint,
         quantization: str,
+        part: Part,
     ) -> None:
         prefix = f"model.layers.{index}"
         self._index, self._shape, self._activation = index, shape, activation
+        self._reduce = part.reduce
         self._window = shape.windows[index]
         self._scale = shape.head_dim**-0.5
         self.input_norm = checkpoint(f"{prefix}.input_layernorm.weight", shape.hidden)
@@ -167,7 +189,7 @@ class Layer:
         return sum(product.weight_bytes for product in products)
 
     def attend(self, x: Tensor, inputs: Inputs, cache: KvCache) -> Tensor:
-        """Attention and its output projection: x [T, hidden], normalized already."""
+        """Attention and its output projection, of all parts: x [T, hidden], normalized already."""
         shape, keys, values = self._shape, cache.keys(self._index), cache.values(self._index)
         q = rotate_and_store(
             self._qkv(x),
@@ -184,8 +206,30 @@ class Layer:
             eps=shape.eps,
         )
         mixed = attend(q, cache, self._index, inputs.ragged, scale=self._scale, window=self._window)
-        return self._output(mixed.view(len(x), -1))
+        return self._reduce(self._output(mixed.view(len(x), -1)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The gated MLP: x [T, hidden], normalized already."""
-        return self._down(gated(self._gate_up(x), self._activation))
+        """The gated MLP, of all parts: x [T, hidden], normalized already."""
+        return self._reduce(self._down(gated(self._gate_up(x), self._activation)))
+
+
+class StagedGpuLlama:
+    """A part of a GpuLlama, driven by batches as engine/parallel/stage.py has it."""
+
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, quantization: str, part: Part
+    ) -> None:
+        """As GpuLlama."""
+        self.model = GpuLlama(config, checkpoint, quantization, part)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """See GpuLlama."""
+        return self.model.embed(batch.token_ids)
+
+    def run(self, x: Tensor, batch: Batch, cache: KvCache) -> Tensor:
+        """See GpuLlama."""
+        return self.model.run(x, self.model.inputs(batch), cache)
+
+    def logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """Of the rows that are wanted: [R, the part's vocabulary]."""
+        return self.model.head(x, batch.logit_rows)

@@ -14,15 +14,16 @@ import mmap
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.executor import Executor
+from engine.executor import Executor, Pipeline
 from engine.gpu.kernels.blocks import gather, scatter
-from engine.model.pool import KvPool
+from engine.model.pool import KvGeometry, KvPool, Portion, numbers_and_scales
 from scheduling.plan import Capacity, StepPlan, StepResult
 
 _BUFFER_BYTES = 32 * 2**20  # that cross at once
@@ -45,25 +46,25 @@ class Staging:
     Memory is touched, and so taken, when a block first crosses.
     """
 
-    def __init__(self, pool: KvPool, buffer: memoryview | mmap.mmap | None = None) -> None:
-        """`buffer`: writable memory of `blocks * block_bytes`, such as a shared mapping."""
-        self._pool = pool
-        size = pool.blocks * pool.block_bytes
+    def __init__(
+        self,
+        pool: KvPool,
+        buffer: memoryview | mmap.mmap | None = None,
+        portion: Portion | None = None,
+    ) -> None:
+        """`buffer`: writable memory of `blocks * block_bytes`, such as a shared mapping. `portion`:
+        the pool has only that of each block, and only that crosses."""
+        geometry = portion.whole if portion else pool.geometry
+        self.blocks, self.block_bytes = pool.blocks, geometry.block_bytes
+        size = self.blocks * self.block_bytes
         self._view = memoryview(mmap.mmap(-1, size) if buffer is None else buffer).cast("B")[:size]
-        self._bytes = torch.frombuffer(self._view, dtype=torch.uint8).view(pool.blocks, -1)
-        self._device = pool.storage.device
+        bytes_here = torch.frombuffer(self._view, dtype=torch.uint8).view(self.blocks, -1)
+        self._here = [bytes_here.numpy()]
+        if portion:
+            self._here = _arrays(portion.of(_blocks(bytes_here, geometry)))
         self._most = max(1, _BUFFER_BYTES // pool.block_bytes)
-        self._saving, self._loading = _Lane(pool, self._most), _Lane(pool, self._most)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return self._pool.blocks
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block."""
-        return self._pool.block_bytes
+        divided = portion is not None
+        self._saving, self._loading = (_Lane(pool, self._most, divided=divided) for _ in range(2))
 
     def block(self, index: int) -> memoryview:
         """Writable bytes of one block in host memory."""
@@ -76,22 +77,36 @@ class Staging:
         with self._saving as lane:
             for some in _pieces(blocks, self._most):
                 lane.gather(some)
-                for row, block in zip(lane.host, some, strict=False):
-                    np.copyto(self._bytes[block].numpy(), row.numpy())
+                for here, there in zip(self._here, lane.arrays, strict=True):
+                    for row, block in enumerate(some):
+                        np.copyto(here[block], there[row])
 
     def load(self, blocks: Items[int]) -> None:
         """Copy to the device, behind all that it was given so far. Returns when they are there."""
         with self._loading as lane:
             for some in _pieces(blocks, self._most):
-                for row, block in zip(lane.host, some, strict=False):
-                    np.copyto(row.numpy(), self._bytes[block].numpy())
+                for here, there in zip(self._here, lane.arrays, strict=True):
+                    for row, block in enumerate(some):
+                        np.copyto(there[row], here[block])
                 lane.scatter(some)
+
+
+def _blocks(rows: Tensor, geometry: KvGeometry) -> Tensor:
+    """Bytes [N, block_bytes] as blocks [N, *block_shape]."""
+    return rows.view(getattr(torch, geometry.dtype)).view(len(rows), *geometry.block_shape)
+
+
+def _arrays(parts: tuple[Tensor, ...]) -> list[NDArray[np.uint8]]:
+    """The same memory as bytes: numpy knows fewer formats."""
+    return [part.view(torch.uint8).numpy() for part in parts]
 
 
 class _Lane:
     """One direction: a stream, a buffer on the device and its page-locked twin on the host."""
 
-    def __init__(self, pool: KvPool, blocks: int) -> None:
+    def __init__(self, pool: KvPool, blocks: int, *, divided: bool) -> None:
+        """`divided`: `arrays` are numbers and scales, else whole blocks."""
+        self._geometry, self._divided = pool.geometry, divided
         self._storage = pool.storage
         self._device = pool.storage.device
         self._cuda = self._device.type == "cuda"
@@ -106,6 +121,10 @@ class _Lane:
             shape = (self._blocks, self._block_bytes)
             self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
             self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
+            self.arrays = [self.host.numpy()]
+            if self._divided:
+                parts = numbers_and_scales(_blocks(self.host, self._geometry), self._geometry)
+                self.arrays = _arrays(parts)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,11 +167,44 @@ def _pieces(blocks: Items[int], most: int) -> Iterator[Items[int]]:
         yield blocks[first : first + most]
 
 
-class SavingExecutor:
-    """An Executor whose results come when the blocks that their pass has finished are on the host,
-    too: a prefill worker hands them over from there."""
+class StagedBlocks(Protocol):
+    """A Staging, or those of several ranks as one (engine/parallel/joint.py)."""
 
-    def __init__(self, executor: Executor, staging: Staging) -> None:
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        ...
+
+    def block(self, index: int) -> memoryview:
+        """See Staging."""
+        ...
+
+    def save(self, blocks: Items[int]) -> None:
+        """See Staging."""
+        ...
+
+    def load(self, blocks: Items[int]) -> None:
+        """See Staging."""
+        ...
+
+
+def saving(executor: Executor, staging: StagedBlocks) -> Executor:
+    """An Executor like `executor` whose results come when the blocks that their pass has finished
+    are on the host, too: a prefill worker hands them over from there."""
+    if isinstance(executor, Pipeline):
+        return SavingPipeline(executor, staging)
+    return SavingExecutor(executor, staging)
+
+
+class SavingExecutor:
+    """See `saving`."""
+
+    def __init__(self, executor: Executor, staging: StagedBlocks) -> None:
         self._executor, self._staging = executor, staging
 
     @property
@@ -162,13 +214,32 @@ class SavingExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one pass, and save what it finished."""
-        result = self._executor.execute(plan)
-        self._staging.save(finished_blocks(plan, self.capacity.block_size))
-        return result
+        return self._saved(plan, self._executor.execute(plan))
 
     def close(self) -> None:
         """Close the executor."""
         self._executor.close()
+
+    def _saved(self, plan: StepPlan, result: StepResult) -> StepResult:
+        self._staging.save(finished_blocks(plan, self.capacity.block_size))
+        return result
+
+
+class SavingPipeline(SavingExecutor):
+    """See `saving`; a Pipeline (engine/executor.py)."""
+
+    def __init__(self, executor: Pipeline, staging: StagedBlocks) -> None:
+        super().__init__(executor, staging)
+        self._pipeline = executor
+
+    def submit(self, plan: StepPlan) -> tuple[StepPlan, Any]:
+        """Begin a pass."""
+        return plan, self._pipeline.submit(plan)
+
+    def result(self, handle: tuple[StepPlan, Any]) -> StepResult:
+        """The result of the oldest pass; what it finished is saved."""
+        plan, begun = handle
+        return self._saved(plan, self._pipeline.result(begun))
 
 
 Ref = TypeVar("Ref", contravariant=True)
@@ -187,7 +258,7 @@ class StagedConsumer(Generic[Ref, Report]):
     """A Consumer (kv_transfer/contract.py) whose blocks are loaded into the device when they have
     come: `consumer` pulls into the staging."""
 
-    def __init__(self, consumer: Pulls[Ref, Report], staging: Staging) -> None:
+    def __init__(self, consumer: Pulls[Ref, Report], staging: StagedBlocks) -> None:
         self._consumer, self._staging = consumer, staging
 
     async def pull(self, ref: Ref, into: Items[int]) -> Report:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from engine.attention.contract import Batch
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -20,6 +23,22 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.clone()
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def batch_to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch, which lies in host memory, with its tensors on the device."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return to_device(tensor.numpy(), device)
+
+    return replace(
+        batch,
+        token_ids=moved(batch.token_ids),
+        positions=moved(batch.positions),
+        slots=moved(batch.slots),
+        block_tables=moved(batch.block_tables),
+        logit_rows=moved(batch.logit_rows),
+    )
 
 
 class Stopwatch:

@@ -192,6 +192,16 @@ def begun_blocks(plan: StepPlan, block_size: int) -> list[int]:
     ]
 
 
+def begun_in(batch: Batch, block_size: int) -> list[int]:
+    """`begun_blocks` of the plan that a batch, which lies in host memory, was made of."""
+    starts = np.array(batch.starts, np.int64)
+    ends = starts + np.array(batch.lengths, np.int64)
+    last = (ends - 1) // block_size
+    begun = np.flatnonzero((ends % block_size != 0) & (starts <= last * block_size))
+    found: list[int] = batch.block_tables.numpy()[begun, last[begun]].tolist()
+    return found
+
+
 def _prompt_rows(chunk: Chunk) -> int:
     """How many of the chunk's rows predict a prompt token."""
     end = min(chunk.start + chunk.length, chunk.sequence.prompt_length - 1)

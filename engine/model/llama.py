@@ -83,7 +83,7 @@ class Llama:
         part: Part = WHOLE,
     ) -> None:
         """Raises ModelError where checkpoint and configuration disagree."""
-        shape = _share(read_shape(config), part)
+        shape = share_of(read_shape(config), part)
         layers, rows = part.layers(config.layers), part.vocabulary(config.vocab_size)
         self.vocab_size = config.vocab_size
         self.layers = len(layers)
@@ -122,7 +122,7 @@ class Llama:
         return logits
 
 
-def _share(shape: Shape, part: Part) -> Shape:
+def share_of(shape: Shape, part: Part) -> Shape:
     """What the part has of each layer."""
     return replace(
         shape,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +25,14 @@ from engine.model.select import Built, build_model
 from engine.model.weights import fingerprint
 from scheduling.plan import Capacity
 
+if TYPE_CHECKING:
+    from engine.parallel.model import ParallelModel
+
 _logger = logging.getLogger(__name__)
 
 _KV_MEMORY = 512 * 2**20  # on a CPU, and where nothing was measured
+
+Share = Callable[[int], Memory]
 
 
 def load_executor(
@@ -50,14 +57,14 @@ def load_executor(
     ahead: bool = True,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
-    share: Callable[[int], Memory] | None = None,
+    share: Share | None = None,
 ) -> TorchExecutor:
     """Load a model and allocate its KV cache. Parameters as in WorkerConfig; `ahead`: on a GPU,
     passes may begin before they are planned.
 
-    `share(bytes)` provides the memory of the KV pool; torch allocates it if None. With `kv_blocks`
-    0 the pool takes `kv_memory` bytes, or what fits, but never more than `max_batch_sequences`
-    sequences of `max_context` tokens can fill.
+    `share(bytes)` provides the memory of a KV pool on the host; it is allocated if None. With
+    `kv_blocks` 0 the pool takes `kv_memory` bytes, or what fits, but never more than
+    `max_batch_sequences` sequences of `max_context` tokens can fill.
 
     Raises ModelError if the directory cannot be served, ConfigError if the parameters make no
     sense together.
@@ -89,23 +96,25 @@ def load_executor(
         host_blocks=host_kv_memory // geometry.block_bytes,
         depth=pipeline_parallel,
     )
-    if options.ranks > 1:
-        share = share or OwnMemory
 
-    def run(capacity: Capacity) -> TorchExecutor:
-        memory = share(capacity.blocks * geometry.block_bytes) if share is not None else None
-        buffer = memory.buffer if memory else None
-        pool = KvPool(geometry, capacity.blocks, device=device, buffer=buffer)
-        if memory and options.ranks > 1:
-            _start_ranks(built.model, pool, memory)
+    def run(capacity: Capacity, share: Share | None = share) -> TorchExecutor:
+        size = capacity.blocks * geometry.block_bytes
+        if built.ranks > 1:
+            memory = (share or OwnMemory)(size)
+            _open_ranks(built.model, memory, capacity, swap_bandwidth)
+            pool = KvPool(geometry, capacity.blocks, buffer=memory.buffer)
+        else:
+            buffer = share(size).buffer if share and torch.device(device).type == "cpu" else None
+            pool = KvPool(geometry, capacity.blocks, device=device, buffer=buffer)
         return _executor(built, pool, capacity, swap_bandwidth, ahead=ahead)
 
-    if kv_blocks:
-        return run(capacity)
-    if not kv_memory and built.fused and torch.device(device).type == "cuda":
-        kv_memory = _free_memory(run, capacity, torch.device(device), device_memory)
-    blocks = _blocks(geometry, kv_memory or _KV_MEMORY, max_batch_sequences, context)
-    return run(replace(capacity, blocks=blocks))
+    with _started(built, geometry):
+        if kv_blocks:
+            return run(capacity)
+        if not kv_memory and torch.device(device).type == "cuda":
+            kv_memory = _free_memory(run, built, geometry, capacity, device, device_memory)
+        blocks = _blocks(geometry, kv_memory or _KV_MEMORY, max_batch_sequences, context)
+        return run(replace(capacity, blocks=blocks))
 
 
 def _executor(
@@ -141,28 +150,36 @@ def _executor(
 
 
 def _free_memory(
-    run: Callable[[Capacity], TorchExecutor],
+    run: Callable[[Capacity, Share | None], TorchExecutor],
+    built: Built,
+    geometry: KvGeometry,
     capacity: Capacity,
-    device: torch.device,
+    device: str,
     share: float,
 ) -> int:
-    """Bytes of a GPU that are left for KV, by a trial with a pool for one full pass."""
+    """Bytes of a GPU, or of those of all ranks, that are left for KV, by a trial with a pool for
+    one full pass; 0 if that is not known."""
+    least = max(capacity.blocks_for(capacity.max_tokens), capacity.max_sequences)
+    capacity = replace(capacity, blocks=least, host_blocks=0)
+    if built.ranks > 1:
+        from engine.parallel.load import room_for_blocks
+
+        blocks = room_for_blocks(_parallel(built.model), lambda: run(capacity, None), share)
+        return blocks * geometry.block_bytes
+    if not built.fused:
+        return 0
     from engine.gpu.memory import room_for_kv
 
-    least = max(capacity.blocks_for(capacity.max_tokens), capacity.max_sequences)
-
     def trial() -> int:
-        executor = run(replace(capacity, blocks=least, host_blocks=0))
+        executor = run(capacity, None)
         executor.warm_up()
         executor.close()
         return executor.pool.blocks * executor.pool.block_bytes
 
-    return room_for_kv(trial, device, share)
+    return room_for_kv(trial, torch.device(device), share)
 
 
-def executor_from(
-    config: WorkerConfig, share: Callable[[int], Memory] | None = None
-) -> TorchExecutor:
+def executor_from(config: WorkerConfig, share: Share | None = None) -> TorchExecutor:
     """`load_executor` as a worker's configuration asks for, warmed up; the demo model if it names
     none."""
     decode = config if isinstance(config, DecodeConfig) else None
@@ -197,11 +214,34 @@ def executor_from(
     return executor
 
 
-def _start_ranks(model: PagedModel, pool: KvPool, memory: Memory) -> None:
+@contextmanager
+def _started(built: Built, geometry: KvGeometry) -> Iterator[None]:
+    """Start the ranks, if there are any, and end them if what follows fails."""
+    if built.ranks == 1:
+        yield
+        return
+    model = _parallel(built.model)
+    model.start(geometry)
+    try:
+        yield
+    except BaseException:
+        model.close()
+        raise
+
+
+def _open_ranks(
+    model: PagedModel, memory: Memory, capacity: Capacity, swap_bandwidth: float
+) -> None:
+    from engine.parallel.store import Room
+
+    _parallel(model).open(memory, Room(capacity.blocks, capacity.host_blocks, swap_bandwidth))
+
+
+def _parallel(model: PagedModel) -> ParallelModel:
     from engine.parallel.model import ParallelModel
 
     assert isinstance(model, ParallelModel)
-    model.start(pool, memory)
+    return model
 
 
 def _require(device: str) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,6 +90,26 @@ class KvGeometry:
         return self.layers * 2 * self.plane_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What a pool has of blocks that several share: some layers, and some heads of them."""
+
+    whole: KvGeometry
+    layers: range
+    heads: range
+
+    def geometry(self) -> KvGeometry:
+        """That of its own blocks."""
+        return replace(self.whole, layers=len(self.layers), kv_heads=len(self.heads))
+
+    def of(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """Its share of whole blocks [N, *block_shape]: views, see `numbers_and_scales`."""
+        layers = slice(self.layers.start, self.layers.stop)
+        heads = slice(self.heads.start, self.heads.stop)
+        parts = numbers_and_scales(blocks, self.whole)
+        return tuple(part[:, layers, :, :, heads] for part in parts)
+
+
 class KvPool:
     """`blocks` blocks of KV on one device; satisfies attention's KvCache and, on a CPU, the
     hand-off's BlockStore.
@@ -122,10 +142,13 @@ class KvPool:
         else:
             count = math.prod(shape)
             self.storage = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
-        layers = [_layer(self.storage[:, layer], geometry) for layer in range(geometry.layers)]
-        self._keys = tuple(keys for keys, _, _ in layers)
-        self._values = tuple(values for _, values, _ in layers)
-        self._scales = tuple(scales for _, _, scales in layers)
+        layers = range(geometry.layers)
+        numbers, *scales = numbers_and_scales(self.storage, geometry)
+        self._keys = tuple(numbers[:, layer, 0] for layer in layers)
+        self._values = tuple(numbers[:, layer, 1] for layer in layers)
+        self._scales = tuple(
+            (scales[0][:, layer, 0], scales[0][:, layer, 1]) if scales else None for layer in layers
+        )
 
     def keys(self, layer: int) -> Tensor:
         """[blocks, block_size, kv_heads, head_dim] view of one layer's keys."""
@@ -163,14 +186,12 @@ def _on_huge_pages(size: int) -> memoryview:
     return memoryview(memory)
 
 
-def _layer(
-    planes: Tensor, geometry: KvGeometry
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """A layer's keys, its values and the scales of both, in its planes [blocks, 2, ...]."""
+def numbers_and_scales(blocks: Tensor, geometry: KvGeometry) -> tuple[Tensor, ...]:
+    """Views of blocks [N, *block_shape]: the numbers [N, layers, 2, block_size, kv_heads, head_dim]
+    and, if they are scaled, the scales [N, layers, 2, block_size, kv_heads]."""
     if not geometry.scale_size:
-        return planes[:, 0], planes[:, 1], None
-    numbers = planes[..., : math.prod(geometry.plane_shape)]
-    numbers = numbers.view(len(planes), 2, *geometry.plane_shape)
-    scales = planes[..., math.prod(geometry.plane_shape) :].view(_SCALE)
-    scales = scales.view(len(planes), 2, *geometry.plane_shape[:2])
-    return numbers[:, 0], numbers[:, 1], (scales[:, 0], scales[:, 1])
+        return (blocks,)
+    count, shape = math.prod(geometry.plane_shape), blocks.shape[:3]
+    numbers = blocks[..., :count].view(*shape, *geometry.plane_shape)
+    scales = blocks[..., count:].view(_SCALE)
+    return numbers, scales.view(*shape, *geometry.plane_shape[:2])

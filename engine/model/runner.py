@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from engine.model.pool import KvPool
 from engine.model.swap import Swapper
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.gpu.staging import StagedBlocks
 
 Outcome = tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...]]
 """What was sampled, and the prompt logprobs, for each chunk of a pass."""
@@ -62,24 +66,33 @@ class TorchExecutor:
         weight_dtype: str = "",
         choice: sampler.Choice = sampler.choose,
         swap_bandwidth: float = 0.0,
+        swapper: Swapper | None = None,
     ) -> None:
         """`choice` takes tokens from the model's logits. `swap_bandwidth`: most bytes per second
-        each way, 0 for no limit. Raises ConfigError where swapping is asked for and cannot be."""
+        each way, 0 for no limit; `swapper`: who swaps, if not this process alone. Raises
+        ConfigError where swapping is asked for and cannot be."""
         self.model = model
         self.pool = pool
         self.weight_dtype = weight_dtype  # for people; that of the KV is in the pool's geometry
         self._choice = choice
-        self._swapper = Swapper(pool, capacity.host_blocks, bandwidth=swap_bandwidth)
+        self._swapper = swapper or Swapper.of(pool, capacity.host_blocks, bandwidth=swap_bandwidth)
         self._capacity = capacity
         self._threads = threads
         self._thread: int | None = None
         self._cores: SharedCores | None = None
+        self._device = pool.storage.device
         self.batches = BatchBuilder(pool.block_size, pool.storage.device)
 
     @property
     def capacity(self) -> Capacity:
         """What it runs on; fixed after load."""
         return self._capacity
+
+    @property
+    def staging(self) -> StagedBlocks | None:
+        """Host memory that is `pool` as the hand-off sees it, beside those pools in which the model
+        computes; None if it computes in `pool`."""
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -128,6 +141,8 @@ class TorchExecutor:
     def _use_threads(self) -> None:
         if self._thread != threading.get_ident():
             self._threads.apply()
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             self._thread = threading.get_ident()
 
     def _swap(self, plan: StepPlan) -> None:
@@ -158,7 +173,7 @@ class TorchExecutor:
 
     def _build(self, plan: StepPlan) -> tuple[Batch, tuple[ChunkRows, ...]]:
         """The batch of a plan, whose new blocks are clear."""
-        self.pool.clear(begun_blocks(plan, self.pool.block_size))
+        self._clear(begun_blocks(plan, self.pool.block_size))
         return self.batches.build(plan)
 
     def _outcome(self, plan: StepPlan, rows: tuple[ChunkRows, ...], output: Output) -> Outcome:
@@ -180,7 +195,11 @@ class TorchExecutor:
         count = min(capacity.max_sequences, capacity.max_tokens, self.pool.blocks)
         singles = [_scratch(index, 1, [index]) for index in range(count)]
         self.execute(StepPlan(tuple(Chunk(single, 0, 1, sample=True) for single in singles)))
-        self.pool.clear(range(max(len(prompt.blocks), count)))
+        self._clear(range(max(len(prompt.blocks), count)))
+
+    def _clear(self, blocks: Items[int]) -> None:
+        """Zero these blocks."""
+        self.pool.clear(blocks)
 
 
 def _sample(

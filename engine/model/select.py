@@ -119,10 +119,16 @@ def _build_compiled(config: ModelConfig, options: ModelOptions, library: Library
 def _build_parallel(config: ModelConfig, options: ModelOptions) -> Built:
     from engine.parallel.load import parallel_model
 
+    fused = _fuses(config, options)
     dtype = Checkpoint(config.path, _torch_dtype(config, options)).dtype
-    model = parallel_model(config, options, dtype)
+    model = parallel_model(config, options, dtype, fused=fused)
     weights, kv_dtype = _shown(_name(dtype), config), _kv_dtype(options, dtype)
-    return Built(model, weights, kv_dtype, model.threads, ranks=options.ranks)
+    drawn = choose
+    if fused:
+        from engine.gpu.choice import DeviceChoice
+
+        drawn = DeviceChoice(model.device)
+    return Built(model, weights, kv_dtype, model.threads, choice=drawn, ranks=options.ranks)
 
 
 def _build_torch(config: ModelConfig, options: ModelOptions) -> Built:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from engine.model.model import Output
 from engine.model.runner import Outcome, TorchExecutor
 from engine.parallel.model import ParallelModel
 from scheduling.plan import StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from engine.gpu.staging import StagedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,9 @@ class ParallelExecutor(TorchExecutor):
     stages: while the later ones compute, this process runs the first one of the next pass."""
 
     def __init__(self, model: ParallelModel, *arguments: Any, **options: Any) -> None:
-        """As TorchExecutor. Ends the ranks when it is closed."""
-        super().__init__(model, *arguments, **options)
-        self._parallel = model
+        """As TorchExecutor, over the worker's pool. Ends the ranks when it is closed."""
+        super().__init__(model, *arguments, swapper=model.swapper(), **options)
+        self._parallel, self._device = model, model.device
         self._ended = 0.0  # when the last result was there
 
     def submit(self, plan: StepPlan) -> Handle:
@@ -61,6 +65,16 @@ class ParallelExecutor(TorchExecutor):
                 outcome = self._outcome(handle.plan, handle.rows, output)
         begun, self._ended = max(handle.begun, self._ended), time.perf_counter()
         return StepResult(*outcome, self._ended - begun, swapped=self._swapper.collect())
+
+    @property
+    def staging(self) -> StagedBlocks | None:
+        """See TorchExecutor."""
+        return self._parallel.staging
+
+    def _clear(self, blocks: Items[int]) -> None:
+        """Pools that ranks have of their own are cleared with the passes."""
+        if self.staging is None:
+            super()._clear(blocks)
 
     def close(self) -> None:
         """End the ranks, and the threads that swap. Idempotent."""

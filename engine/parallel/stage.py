@@ -41,8 +41,10 @@ class Setup:
     dtype: torch.dtype
     device: str  # of this rank
     attention_backend: str
-    geometry: KvGeometry
-    blocks: int
+    fused: bool  # the model is an engine.gpu.model.GpuLlama
+    quantization: str
+    geometry: KvGeometry  # of whole blocks
+    own_pools: bool  # each rank has a pool of its own (engine/parallel/store.py)
     threads: int
     patience: float  # longest wait for another rank in a pass, seconds
     rendezvous: Path | None = None  # the file where the ranks find each other
@@ -65,16 +67,17 @@ class Stage:
     def __init__(self, setup: Setup) -> None:
         """Read the weights and meet the other ranks. Raises ModelError."""
         topology, config = setup.topology, setup.config
-        device = torch.device(setup.device)
+        self.device = device = torch.device(setup.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         checkpoint = ShardedCheckpoint(config.path, setup.dtype, device, topology)
         assert setup.rendezvous is not None
         meeting = Rendezvous(setup.rendezvous, topology.ranks, device, setup.patience)
         shards = _group(meeting, f"stage-{topology.stage}", topology.shard, topology.tensor)
         self._line = _group(meeting, f"shard-{topology.shard}", topology.stage, topology.pipeline)
         self._part = Shard(topology, shards)
-        attention = select_attention(setup.attention_backend, device)
-        self._model = _model_class(config)(config, checkpoint, attention, self._part)
-        self._topology, self._device, self.dtype = topology, device, setup.dtype
+        self._model = _model(setup, checkpoint, self._part)
+        self._topology, self.dtype = topology, setup.dtype
         self._hidden, self._vocab_size = config.hidden_size, config.vocab_size
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
@@ -92,7 +95,7 @@ class Stage:
 
     def _receive(self, batch: Batch) -> Tensor:
         shape = (len(batch.token_ids), self._hidden)
-        x = torch.empty(shape, dtype=self.dtype, device=self._device)
+        x = torch.empty(shape, dtype=self.dtype, device=self.device)
         assert self._line is not None
         return self._line.receive(x, self._topology.stage - 1)
 
@@ -105,9 +108,9 @@ class Stage:
         self._sending.append((self._line.send(x, self._topology.stage + 1), x))
 
 
-def model_module(config: ModelConfig) -> str:
+def model_module(config: ModelConfig, *, fused: bool) -> str:
     """Where the code of an architecture is. Raises ConfigError if it knows no parts."""
-    return _named(config)[0]
+    return "engine.gpu.model" if fused else _named(config)[0]
 
 
 def _named(config: ModelConfig) -> tuple[str, str]:
@@ -122,10 +125,15 @@ def _named(config: ModelConfig) -> tuple[str, str]:
     return module, name
 
 
-def _model_class(config: ModelConfig) -> Callable[..., StagedModel]:
-    module, name = _named(config)
-    model: Callable[..., StagedModel] = getattr(importlib.import_module(module), name)
-    return model
+def _model(setup: Setup, checkpoint: ShardedCheckpoint, part: Shard) -> StagedModel:
+    if setup.fused:
+        from engine.gpu.model import StagedGpuLlama
+
+        return StagedGpuLlama(setup.config, checkpoint, setup.quantization, part)
+    attention = select_attention(setup.attention_backend, setup.device)
+    module, name = _named(setup.config)
+    make: Callable[..., StagedModel] = getattr(importlib.import_module(module), name)
+    return make(setup.config, checkpoint, attention, part)
 
 
 def _group(meeting: Rendezvous, name: str, rank: int, size: int) -> Group | None:

@@ -210,7 +210,7 @@ def pools(blocks: int = 8, **options: Any) -> tuple[KvPool, Swapper]:
     pool = KvPool(GEOMETRY, blocks)
     for block in range(blocks):
         pool.storage[block].fill_(block + 1)
-    return pool, Swapper(pool, 16, **options)
+    return pool, Swapper.of(pool, 16, **options)
 
 
 def swap(number: int, device: list[int], host: list[int]) -> Swap:
@@ -279,9 +279,9 @@ def test_kv_that_is_lost_on_the_way_breaks_the_executor_for_good() -> None:
 
 def test_a_device_that_cannot_be_copied_from_is_refused_only_if_swapping_is_wanted() -> None:
     pool = KvPool(GEOMETRY, 1, device="meta")
-    Swapper(pool, 0)
+    Swapper.of(pool, 0)
     with pytest.raises(ConfigError, match="host-kv-memory"):
-        Swapper(pool, 1)
+        Swapper.of(pool, 1)
 
 
 def test_host_memory_is_taken_slab_by_slab() -> None:

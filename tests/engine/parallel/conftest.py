@@ -27,6 +27,13 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# For Triton's interpreter, which is slow.
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(
         **_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
@@ -34,6 +41,14 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral": lambda: MistralConfig(**_SIZES, sliding_window=13),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES | {"num_key_value_heads": 4}),
+    "small-llama": lambda: LlamaConfig(
+        **_SIZES | _SMALL | {"num_key_value_heads": 1},
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "small-mistral": lambda: MistralConfig(**_SIZES | _SMALL, sliding_window=5),
+    "small-qwen3": lambda: Qwen3Config(**_SIZES | _SMALL),
 }
 OPTIONS: dict[str, Any] = {
     "attention_backend": "torch",

@@ -1,0 +1,106 @@
+"""Where a rank keeps KV.
+
+On CPUs all ranks compute in the one pool of the worker, which they map (engine/parallel/cache.py).
+On GPUs each has a pool of its own on its device, with its layers and heads of every block. The pool
+of the worker then lies beside them, in host memory that all ranks map, as the hand-off sees it: a
+rank saves its share of a block there, and loads it from there. What is swapped out stays in host
+memory of each rank's own. Blocks have the same numbers everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from engine.attention.contract import Batch, KvCache
+from engine.model.batch import begun_in
+from engine.model.pool import KvGeometry, KvPool, Portion
+from engine.model.swap import PoolCopies
+from engine.model.swap_lane import OnEnd
+from engine.parallel.cache import PartialCache
+from engine.parallel.stage import Setup
+from engine.parallel.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How much KV all ranks keep."""
+
+    blocks: int
+    host_blocks: int  # of sequences that are swapped out
+    swap_bandwidth: float  # bytes per second each way, of all ranks together; 0 for no limit
+
+
+def open_store(setup: Setup, room: Room, shared: memoryview) -> MappedStore | OwnStore:
+    """The KV of the rank that `setup` is for; `shared` is the memory of the worker's pool."""
+    if setup.own_pools:
+        return OwnStore(setup, room, shared)
+    return MappedStore(KvPool(setup.geometry, room.blocks, buffer=shared), setup.topology)
+
+
+def portion_of(geometry: KvGeometry, topology: Topology) -> Portion:
+    """What a rank has of whole blocks."""
+    return Portion(geometry, topology.layers(geometry.layers), topology.kv_heads(geometry.kv_heads))
+
+
+class MappedStore:
+    """The KV of one rank, in the worker's pool; rank 0's executor clears its blocks."""
+
+    def __init__(self, pool: KvPool, topology: Topology) -> None:
+        self.cache: KvCache = PartialCache(pool, topology)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch where the rank computes, from host memory."""
+        return batch
+
+
+class OwnStore:
+    """The KV of one rank, in a pool of its own."""
+
+    def __init__(self, setup: Setup, room: Room, shared: memoryview) -> None:
+        """`shared`: memory of the worker's pool, whose blocks are whole."""
+        from engine.gpu.staging import Staging
+
+        portion = portion_of(setup.geometry, setup.topology)
+        self._room, self._ranks = room, setup.topology.ranks
+        self.pool = KvPool(portion.geometry(), room.blocks, device=setup.device)
+        self.cache: KvCache = OwnCache(self.pool, portion.layers)
+        self.staging = Staging(self.pool, shared, portion)
+
+    def copies(self, on_end: OnEnd) -> PoolCopies:
+        """What swaps this rank's share of blocks; see engine.model.swap.Copies."""
+        bandwidth = self._room.swap_bandwidth / self._ranks
+        return PoolCopies(self.pool, self._room.host_blocks, on_end, bandwidth=bandwidth)
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch where the rank computes, from host memory; the blocks that it begins are clear
+        there. To be called in the order of the passes."""
+        from engine.gpu.kernels.blocks import clear
+        from engine.gpu.transfer import batch_to_device, to_device
+
+        device = self.pool.storage.device
+        begun = np.array(begun_in(batch, self.pool.block_size), np.int64)
+        clear(self.pool.storage, to_device(begun, device))
+        return batch if device.type == "cpu" else batch_to_device(batch, device)
+
+
+class OwnCache:
+    """A KvCache: the layers of one stage in a pool that has no others. They keep their numbers."""
+
+    def __init__(self, pool: KvPool, layers: range) -> None:
+        self.block_size = pool.block_size
+        self._pool, self._first = pool, layers.start
+
+    def keys(self, layer: int) -> Tensor:
+        """See KvCache."""
+        return self._pool.keys(layer - self._first)
+
+    def values(self, layer: int) -> Tensor:
+        """See KvCache."""
+        return self._pool.values(layer - self._first)
+
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """See KvCache."""
+        return self._pool.scales(layer - self._first)
