@@ -122,8 +122,9 @@ def _build_parallel(config: ModelConfig, options: ModelOptions) -> Built:
     fused = _fuses(config, options)
     dtype = Checkpoint(config.path, _torch_dtype(config, options)).dtype
     model = parallel_model(config, options, dtype, fused=fused)
-    weights, kv_dtype = _shown(_name(dtype), config), _kv_dtype(options, dtype)
-    drawn = choose
+    weights = _name(dtype) if options.quantization == "none" else options.quantization
+    weights, kv_dtype = _shown(weights, config), _kv_dtype(options, dtype)
+    drawn: Choice = choose
     if fused:
         from engine.gpu.choice import DeviceChoice
 

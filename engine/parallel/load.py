@@ -25,10 +25,14 @@ def parallel_model(
     """The model, not started yet; `fused`: its ranks run Triton's kernels. Raises ConfigError and
     ModelError."""
     ranks = options.tensor_parallel * options.pipeline_parallel
-    if options.attention_backend == "native" or options.quantization != "none":
+    if options.attention_backend == "native":
         raise ConfigError(
-            "--tensor-parallel, --pipeline-parallel: neither with --attention-backend native nor "
-            "with --quantization"
+            "--tensor-parallel, --pipeline-parallel: not with --attention-backend native"
+        )
+    if options.quantization != "none" and not fused:
+        raise ConfigError(
+            "--tensor-parallel, --pipeline-parallel: with --quantization only where Triton's "
+            "kernels run the model"
         )
     _require_devices(options.device, ranks)
     model_module(config, fused=fused)  # must know of parts

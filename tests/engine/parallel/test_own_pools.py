@@ -87,6 +87,19 @@ def test_sampling_and_logprobs_are_those_of_one_rank(
     torch.testing.assert_close(torch.tensor(theirs), torch.tensor(logprobs), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_are_quantized_as_on_one_rank(ranks: Ranks, one: Ranks, quantization: str) -> None:
+    options = TRITON | {"quantization": quantization}
+    outputs = []
+    for executor in (one("small-qwen3", **options), ranks("small-qwen3", 2, 1, **options)):
+        assert executor.weight_dtype == quantization
+        driver = Driver(executor, budget=16)
+        sequence = driver.add(PROMPTS[0], 4)
+        driver.run()
+        outputs.append(sequence.tokens)
+    assert outputs[0] == outputs[1]
+
+
 # -- The hand-off ------------------------------------------------------------------------------
 
 

@@ -166,7 +166,7 @@ def test_ranks_fill_one_pool_as_one_rank_does(model: Model, ranks: Ranks) -> Non
     [
         ({"tensor_parallel": 3}, "--tensor-parallel 3: does not divide the model's 8 heads"),
         ({"pipeline_parallel": 4}, "--pipeline-parallel 4: the model has 3 layers"),
-        ({"tensor_parallel": 2, "quantization": "int8"}, "nor with --quantization"),
+        ({"tensor_parallel": 2, "quantization": "int8"}, "with --quantization only"),
         ({"tensor_parallel": 2, "attention_backend": "native"}, "native"),
     ],
 )
