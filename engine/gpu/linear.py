@@ -133,6 +133,22 @@ class Fp8:
         return matmul_fp8(x, self._values, self._scales, self._bias, out)
 
 
+class Beside:
+    """Products of the same inputs whose weights have different formats."""
+
+    def __init__(self, products: Sequence[GpuLinear]) -> None:
+        self._products = products
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(product.weight_bytes for product in self._products)
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, in] -> [T, out]."""
+        return torch.cat([product(x) for product in self._products], 1, out=out)
+
+
 def linear(
     checkpoint: Checkpoint,
     names: Sequence[str],
@@ -141,7 +157,8 @@ def linear(
     biases: bool,
     quantization: str,
 ) -> GpuLinear:
-    """The projections `names` ("model.layers.0.mlp.up_proj") of `sizes` outputs as one product.
+    """The projections `names` ("model.layers.0.mlp.up_proj") of `sizes` outputs as one product, or
+    as one each where only that keeps what is stored.
 
     Weights that the checkpoint has quantized stay as they are stored, if kernels can use that.
     `quantization` is "none", or what the others become: "int8", "int4" or "fp8". `biases`: whether
@@ -155,9 +172,21 @@ def linear(
         bias = torch.cat(
             [checkpoint(f"{name}.bias", size) for name, size in zip(names, sizes, strict=True)]
         )
-    stored = _stored(checkpoint, parts, into)
-    if stored is not None:
-        return _of(stored, bias)
+    stored = [checkpoint.quantized(name, size, into) for name, size in parts]
+    usable = [weight is not None and _usable(weight) for weight in stored]
+    together = _together(stored) if all(usable) else None
+    if together is not None:
+        return _of(together, bias)
+    if any(usable) and len(parts) > 1:
+        _logger.info("%s: a product for each of its parts, whose formats differ", parts[0][0])
+        return Beside(
+            [
+                linear(checkpoint, (name,), (size,), into, biases, quantization)
+                for name, size in zip(names, sizes, strict=True)
+            ]
+        )
+    if any(checkpoint.is_quantized(name) for name, _ in parts):
+        _logger.info("%s: no product takes it as it is stored; dense weights", parts[0][0])
     if quantization == "none":
         return Dense(torch.cat([checkpoint(name, size, into) for name, size in parts]), bias)
     made = _together([_made(checkpoint, name, size, into, quantization) for name, size in parts])
@@ -195,20 +224,6 @@ def _check(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], quantizatio
             raise ConfigError(
                 f"--quantization {quantization}: {checkpoint.path} has its weights in {form.name}"
             )
-
-
-def _stored(
-    checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], into: int
-) -> GroupQuantized | Fp8Quantized | None:
-    """All parts together as the checkpoint has them; None if they are not all quantized, or not
-    alike, or not as kernels can use them."""
-    if not all(checkpoint.is_quantized(name) for name, _ in parts):
-        return None
-    whole = _together([checkpoint.quantized(name, size, into) for name, size in parts])
-    if whole is not None and _usable(whole):
-        return whole
-    _logger.info("%s: no product takes it as it is stored; dense weights", parts[0][0])
-    return None
 
 
 def _together(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from baton.errors import ConfigError
-from engine.gpu.linear import Dense, Fp8, Int4, Int8, linear
+from engine.gpu.linear import Beside, Dense, Fp8, Int4, Int8, linear
 from engine.model.weights import Checkpoint
 from engine.quantization import packing
 from engine.quantization.groupwise import GroupQuantized, quantize
@@ -123,13 +123,32 @@ def test_inputs_are_sorted_where_groups_are_anywhere(device: torch.device, tmp_p
     assert_multiplies(made, source, 1e-5)
 
 
-def test_parts_with_orders_of_their_own_are_dense(device: torch.device, tmp_path: Path) -> None:
+def test_parts_with_orders_of_their_own_are_products_beside_each_other(
+    device: torch.device, tmp_path: Path
+) -> None:
     groups = torch.arange(INTO) // 16
     orders = {name: groups.roll(shift) for name, shift in zip(NAMES, (1, 2), strict=True)}
     source = checkpoint(tmp_path, gptq(orders), GPTQ, device)
     made = linear(source, NAMES, SIZES, INTO, True, "none")
-    assert type(made) is Dense
+    assert type(made) is Beside
+    spans = sum(SIZES) * 64  # of 128 inputs, four bits each
+    assert made.weight_bytes == spans + sum(SIZES) * 2 * INTO // 16
     assert_multiplies(made, source, 1e-5)
+
+
+@pytest.mark.parametrize(("quantization", "each"), [("none", 256), ("int4", 66)])
+def test_a_part_that_is_not_quantized_stays_beside_one_that_is(
+    quantization: Any, each: int, device: torch.device, tmp_path: Path
+) -> None:
+    tensors, plain = gptq(), NAMES[1]
+    for name in ("qweight", "qzeros", "scales"):
+        del tensors[f"{plain}.{name}"]
+    tensors[f"{plain}.weight"] = weights()[f"{plain}.weight"]
+    source = checkpoint(tmp_path, tensors, GPTQ, device)
+    made = linear(source, NAMES, SIZES, INTO, True, quantization)
+    assert type(made) is Beside
+    assert made.weight_bytes == SIZES[0] * 72 + SIZES[1] * each
+    assert_multiplies(made, source, 1e-5 if quantization == "none" else 0.06)
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])

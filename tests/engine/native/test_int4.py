@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.native.library import Format, Library
+from engine.quantization.groupwise import quantize
 from tests.engine.native.conftest import TeamOf
 from tests.engine.native.test_gemm import multiply, operands, packed_int4
 
@@ -69,3 +70,18 @@ def test_tiny_and_huge_weights_keep_their_size(library: Library, team: TeamOf, s
     assert bool(y.isfinite().all())
     if size > 1e-37:  # else some are subnormal
         assert error(y / size, x @ w.T) < 0.15
+
+
+def test_weights_in_four_bits_are_kept_in_eight_and_not_in_four_of_another_kind(
+    library: Library, team: TeamOf
+) -> None:
+    """What docs/quantization.md says of checkpoints that are packed anew."""
+    w = torch.randn(128, 1024, generator=torch.Generator().manual_seed(1))
+    stored = quantize(w, 4, 128).dequantize()
+    lost, units = error(stored, w), torch.eye(1024)
+    assert 0.09 < lost < 0.10
+    eight = multiply(library, team(2), library.isa, Format.INT8, units, stored).T
+    assert error(eight, stored) < 0.01
+    assert error(eight, w) < 1.01 * lost
+    four = packed_int4(library, team(2), stored)
+    assert 1.1 * lost < error(four, w) < 1.25 * lost
