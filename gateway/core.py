@@ -24,7 +24,7 @@ from gateway.prefixes import Prefixes
 from gateway.session import Session
 from gateway.sessions import Sessions
 from gateway.tokenizer import Tokenizer
-from queueing.contract import GatewayQueue, WorkerRecord
+from queueing.contract import GatewayQueue
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class Gateway:
         facts: ModelFacts,
         tokenizer: Tokenizer,
         metrics: GatewayMetrics,
+        prefixes: Prefixes,
         lengths: Lengths | None = None,
     ) -> None:
         """`lengths` predicts output lengths; nothing does if it is None."""
@@ -52,11 +53,11 @@ class Gateway:
         self.metrics = metrics
         self.lengths = lengths
         self._pace = Pace(config)
-        self._prefixes = Prefixes()
-        placing = Placing(self._pace, self._prefixes, config.routing, config.local_prefill_tokens)
+        self.prefixes = prefixes
+        placing = Placing(self._pace, self.prefixes, config.routing, config.local_prefill_tokens)
         self._dispatcher = Dispatcher(queue, config.max_attempts, placing)
         self.fleet = Fleet(
-            queue, gateway_id, self._dispatcher.wake, _ahead(config), self._registered
+            queue, gateway_id, self._dispatcher.wake, _ahead(config), prefixes.workers
         )
         self.sessions = Sessions(
             queue,
@@ -93,6 +94,7 @@ class Gateway:
         self._background.start(self._dispatcher.run(), "dispatch")
         self._background.start(self._housekeeping.run(), "housekeeping")
         self._background.start(self._watch_depth(), "queue depth")
+        self._background.start(self.prefixes.run(), "prefixes")
         if self.lengths is not None:
             self._background.start(self.lengths.run(), "lengths")
 
@@ -112,16 +114,13 @@ class Gateway:
         await self._background.stop()
         if self.lengths is not None:
             await self.lengths.close()
+        await self.prefixes.close()
         await self._dispatcher.close()
         await self.fleet.close()
 
-    def _registered(self, records: list[WorkerRecord]) -> None:
-        if self.config.routing == "prefix-aware":
-            self._prefixes.workers(records)
-
     def _session_done(self, session: Session) -> None:
         self._dispatcher.stop(session)
-        self._prefixes.ended(session)
+        self.prefixes.ended(session)
         self._ended_tokens += session.generated
         if session.error is None:
             for output in session.outputs:

@@ -20,6 +20,7 @@ from gateway.lengths import open_lengths
 from gateway.metrics import GatewayMetrics
 from gateway.model_files import load_facts
 from gateway.model_service import ModelService
+from gateway.prefixes import open_prefixes
 from gateway.prompt import PromptEncoder
 from gateway.tokenizer import Tokenizer
 from gateway.validation import Validator
@@ -65,6 +66,7 @@ class GatewayServer:
             facts,
             tokenizer,
             metrics,
+            open_prefixes(config),
             open_lengths(config, facts, tokenizer.decode, metrics),
         )
         prompts = PromptEncoder(tokenizer, config.max_prompt_bytes)

@@ -1,29 +1,50 @@
 """What this gateway knows of the prefix caches of workers: what it has sent where, and what other
 gateways have.
 
-Knows keys only (baton/prefix.py), and that a worker of an earlier epoch is gone.
+They tell each other through Redis, a few times a second and on a timer of its own: no request waits
+for that. Without Redis each knows what it has sent itself.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Iterable
 
+from baton.config import GatewayConfig
+from baton.errors import Overloaded, QueueError
 from gateway.session import Session
 from queueing.contract import WorkerRecord
+from queueing.prefixes import PrefixExchange
 from scheduling.prefix_map import PrefixMap
+
+log = logging.getLogger(__name__)
+
+EXCHANGE_SECONDS = 0.25
+MAX_UNTOLD = 1 << 13  # keys for the next exchange; more are not told
 
 
 class Prefixes:
     """Told of workers, of requests that are sent to them and that end there; asked before."""
 
-    def __init__(self) -> None:
+    def __init__(self, exchange: PrefixExchange | None = None, *, enabled: bool = True) -> None:
+        """Without an exchange nobody else is told. Unless `enabled`, nothing is known of any
+        worker."""
+        self._exchange = exchange
+        self._enabled = enabled
         self._map = PrefixMap()
         self._workers: dict[str, WorkerRecord] = {}
+        self._untold: dict[tuple[str, int], dict[bytes, None]] = {}  # oldest first
+
+    def __len__(self) -> int:
+        """Blocks that are known of, of all workers together."""
+        return len(self._map)
 
     def workers(self, records: Iterable[WorkerRecord]) -> None:
         """What the registry knows now. Those without a cache do not count."""
-        self._workers = {one.id: one for one in records if one.prefix_block_size}
+        caching = self._enabled
+        self._workers = {one.id: one for one in records if caching and one.prefix_block_size}
         self._map.workers({w.id: (w.epoch, w.capacity_blocks) for w in self._workers.values()})
 
     def cached(self, session: Session) -> dict[str, int]:
@@ -54,5 +75,41 @@ class Prefixes:
                 keys = session.prefix.with_output(worker.prefix_block_size, output.token_ids)
                 self._note(worker, keys)
 
+    async def run(self) -> None:
+        """Exchange until cancelled. While Redis is away or full, others hear nothing from here."""
+        while self._exchange is not None and self._enabled:
+            try:
+                await self.exchange(self._exchange)
+            except (QueueError, Overloaded) as error:
+                log.debug("prefixes are not shared: %s", error)
+            except Exception:
+                log.exception("prefixes are not shared")
+            await asyncio.sleep(EXCHANGE_SECONDS)
+
+    async def exchange(self, exchange: PrefixExchange) -> None:
+        """Tell what is new here, and take what others have told. Raises QueueError and
+        Overloaded; then what was to be told is lost."""
+        untold, self._untold = self._untold, {}
+        news = {worker: list(reversed(keys)) for worker, keys in untold.items()}
+        for heard in await exchange.exchange(news):
+            self._map.hear(heard.worker, heard.epoch, heard.keys, time.monotonic())
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._exchange is not None:
+            await self._exchange.close()
+
     def _note(self, worker: WorkerRecord, keys: list[bytes]) -> None:
-        self._map.note(worker.id, worker.epoch, keys, time.monotonic())
+        news = self._map.note(worker.id, worker.epoch, keys, time.monotonic())
+        if self._exchange is None or not news:
+            return
+        untold = self._untold.setdefault((worker.id, worker.epoch), {})
+        room = max(0, MAX_UNTOLD - sum(map(len, self._untold.values())))
+        untold.update(dict.fromkeys(reversed(news[:room])))
+
+
+def open_prefixes(config: GatewayConfig) -> Prefixes:
+    """What the configuration asks for. Raises ConfigError for a Redis URL that cannot work."""
+    if config.routing != "prefix-aware":
+        return Prefixes(enabled=False)
+    return Prefixes(PrefixExchange(config.redis_url.get_secret_value(), config.pool))

@@ -25,6 +25,7 @@ lives in one slot and a script may touch any of its keys.
 | live:GATEWAY | zset | a gateway's live requests by deadline |
 | news:GATEWAY | zset | what sweeps did to a gateway's requests, until it has read it |
 | answer:NONCE | string | what a recent call was told, for its retries |
+| prefixes:WORKER | zset | keys of blocks in the worker's prefix cache, by when they were told |
 | lengths:SHAPE | hash | what the length predictors of one shape learnt: version, data, nonce |
 
 Times are microseconds on the server's clock: coarser ones would tie, and ties sort by id.
@@ -59,6 +60,7 @@ FAMILIES = (
     "live",
     "news",
     "answer",
+    "prefixes",
     "lengths",
 )
 """Keys of which a pool has one per id."""

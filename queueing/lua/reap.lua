@@ -11,7 +11,7 @@ for _, worker in ipairs(workers) do
   -- Leases end now; the loop below requeues within its limit, the next sweep goes on.
   for _, id in ipairs(redis.call('SMEMBERS', held_key(worker))) do redis.call('ZADD', LEASES, 'XX', 0, id) end
   redis.call('ZREM', WORKERS, worker)
-  redis.call('DEL', worker_key(worker))
+  redis.call('DEL', worker_key(worker), prefixes_key(worker))
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASES, '-inf', now, 'LIMIT', 0, limit)) do

@@ -14,7 +14,7 @@ for _, id in ipairs(redis.call('SMEMBERS', held_key(worker))) do
     else requeue_and_tell(r, t, true) end
   end
 end
-redis.call('DEL', worker_key(worker), held_key(worker))
+redis.call('DEL', worker_key(worker), held_key(worker), prefixes_key(worker))
 for _, id in ipairs(adopted) do
   redis.call('HSET', request_key(id), 'epoch', epoch)
   redis.call('SADD', held_key(worker), id)

@@ -155,6 +155,25 @@ async def test_what_a_worker_had_is_forgotten_when_it_starts_anew(two, eventuall
     assert await cached(two, await a.turn(two.client)) == 44
 
 
+async def test_gateways_share_what_they_know(two, eventually):
+    other, client = await two.one_more(**OPTIONS)
+    await two.ready()
+    a, b = Talk("a"), Talk("b")
+    await begin_apart(two, [a, b], two.d, eventually)
+    await eventually(lambda: len(other.gateway.prefixes) == 2 * 11)
+    for talk in (b, a):
+        assert await cached(two, await talk.turn(client)) == 44
+    assert [served(worker) for worker in two.d] == [["a"] * 2, ["b"] * 2]
+    await eventually(lambda: len(two.server.gateway.prefixes) == 2 * 14)
+    for talk in (b, a):
+        assert await cached(two, await talk.turn(two.client)) == 56
+    assert [served(worker) for worker in two.d] == [["a"] * 3, ["b"] * 3]
+    late, client = await two.one_more(**OPTIONS)  # hears what was told before it came
+    await two.ready()
+    await eventually(lambda: len(late.gateway.prefixes) == 2 * 17)
+    assert await cached(two, await b.turn(client)) == 68
+
+
 @pytest.fixture
 async def full(cluster, request, eventually):
     """Two conversations apart; the worker of the first stands still and has no place left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass
 
 from baton import wire
@@ -149,7 +150,8 @@ class FakeSlot:
 
 
 class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
-    """One token per sequence and step until max_tokens."""
+    """One token per sequence and step until max_tokens. Each gateway's stream has slots of its
+    own."""
 
     def __init__(self, *args) -> None:
         super().__init__(Role.DECODE, *args)
@@ -158,7 +160,8 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
         self.refusals: list[int] = []  # code of the next SlotFailed
         self.refusing = False
         self.dies_after: int | None = None  # steps until the stream breaks
-        self.slots: dict[int, FakeSlot] = {}
+        self.slots: dict[tuple[int, int], FakeSlot] = {}  # by stream and number
+        self._streams = itertools.count()
         self.started: list[worker_pb2.StartRequest] = []
         self.attached: list[int] = []
         self.aborted: list[int] = []
@@ -169,9 +172,9 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(self, server.grpc)
 
     async def Decode(self, request_iterator, context):
-        self.slots.clear()
+        stream = next(self._streams)
         events: list[worker_pb2.SlotEvent] = []
-        reader = asyncio.create_task(self._read(request_iterator, events))
+        reader = asyncio.create_task(self._read(request_iterator, events, stream))
         try:
             yield worker_pb2.DecodeResponse(load=wire.load_to_proto(self.load()))
             while True:
@@ -180,7 +183,7 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                 message.events.extend(events)
                 events.clear()
                 if not self.paused:
-                    message.outputs.extend(self._advance())
+                    message.outputs.extend(self._advance(stream))
                 if message.events or message.outputs:
                     yield message
                 if self.dies_after is not None and message.outputs:
@@ -190,17 +193,17 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                         raise Unavailable("died")
         finally:
             reader.cancel()
-            self.slots.clear()
-            self.held.clear()
+            for key in [key for key in self.slots if key[0] == stream]:
+                self._drop(key)
 
-    async def _read(self, requests, events) -> None:
+    async def _read(self, requests, events, stream: int) -> None:
         async for message in requests:
             match message.WhichOneof("command"):
                 case "start":
-                    self._start(message.start, events)
+                    self._start(message.start, events, stream)
                 case "attach":
                     self.attached.append(message.attach.slot)
-                case "activate" if slot := self.slots.get(message.activate.slot):
+                case "activate" if slot := self.slots.get((stream, message.activate.slot)):
                     slot.fence = message.activate.claim.fence
                     slot.done[0] += 1
                     slot.running = True
@@ -211,9 +214,9 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                 case "abort":
                     self.aborted.extend(message.abort.slots)
                     for number in message.abort.slots:
-                        self._drop(number)
+                        self._drop((stream, number))
 
-    def _start(self, start, events) -> None:
+    def _start(self, start, events, stream: int) -> None:
         self.started.append(start)
         code = 8 if self.refusing else self.refusals.pop(0) if self.refusals else None
         if code is not None:
@@ -223,20 +226,20 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
         work, n = start.request, start.request.sampling.n
         done = [len(prior.token_ids) for prior in work.prior_outputs] or [0] * n
         slot = FakeSlot(work, start.claim.fence, done, running=start.local_prefill)
-        self.slots[start.slot] = slot
+        self.slots[stream, start.slot] = slot
         if start.local_prefill:
             self.held[work.request_id] = (slot.fence, sum(done))
         reserved = worker_pb2.Reserved()
         events.append(worker_pb2.SlotEvent(slot=start.slot, reserved=reserved))
 
-    def _drop(self, number: int) -> None:
-        if slot := self.slots.pop(number, None):
+    def _drop(self, key: tuple[int, int]) -> None:
+        if slot := self.slots.pop(key, None):
             self.held.pop(slot.work.request_id, None)
 
-    def _advance(self) -> list[worker_pb2.StepOutput]:
+    def _advance(self, stream: int) -> list[worker_pb2.StepOutput]:
         outputs = []
-        for number, slot in list(self.slots.items()):
-            if not slot.running:
+        for key, slot in list(self.slots.items()):
+            if key[0] != stream or not slot.running:
                 continue
             limit = slot.work.max_tokens
             for index, done in enumerate(slot.done):
@@ -244,7 +247,7 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                 if done >= limit or (prior and prior.finished):
                     continue
                 output = worker_pb2.StepOutput(
-                    slot=number, index=index, token_ids=[scripted_token(done)]
+                    slot=key[1], index=index, token_ids=[scripted_token(done)]
                 )
                 if slot.work.HasField("logprobs"):
                     output.logprobs.add(token_id=scripted_token(done), logprob=-0.5, rank=1)
@@ -254,5 +257,5 @@ class FakeDecode(FakeWorker, worker_pb2_grpc.DecodeServiceServicer):
                 outputs.append(output)
             self.held[slot.work.request_id] = (slot.fence, sum(slot.done))
             if all(done >= limit for done in slot.done):
-                self._drop(number)
+                self._drop(key)
         return outputs

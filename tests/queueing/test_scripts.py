@@ -135,7 +135,9 @@ async def test_nonsense_from_the_server_is_a_queue_error(redis_url: str, pool: s
     await gateway.close()
 
 
-@pytest.mark.parametrize("script", ["claim", "finish", "give_back", "handoff", "heartbeat", "reap"])
+@pytest.mark.parametrize(
+    "script", ["claim", "finish", "give_back", "handoff", "heartbeat", "prefixes", "reap"]
+)
 def test_every_key_in_a_script_comes_from_the_table(script: str):
     body = source(script).split("local function whole", 1)[1]
     assert keys.prefix("p") == "baton:{p}:"
