@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from baton.types import Logprob
-from engine.gpu.launcher import Launched, Launcher, samples_on_device
+from baton.types import Logprob, Request, Sampling, Stopping
+from engine.gpu.launcher import Launched, Launcher
 from engine.gpu.model import GpuLlama
+from engine.gpu.sampler import Drawn
 from engine.gpu.transfer import Stopwatch
+from engine.model.batch import BatchBuilder
 from engine.model.pool import KvPool
 from engine.model.runner import Threads, TorchExecutor
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
@@ -82,7 +84,8 @@ class GpuExecutor(TorchExecutor):
         )
         self.taken = 0  # results that a guess had ready
         self.wasted = 0  # results of guesses that nobody wanted
-        self._launcher = Launcher(model, pool, capacity)
+        self.batches = BatchBuilder(pool.block_size)  # on the host: nothing waits for its copies
+        self._launcher = Launcher(model, pool, capacity, self.batches)
         self._ahead = ahead
         self._guess: Guess | None = None
 
@@ -99,7 +102,10 @@ class GpuExecutor(TorchExecutor):
         return StepResult(sampled, prompt, seconds, swapped=self._swapper.collect())
 
     def warm_up(self) -> None:
-        """What TorchExecutor does, and record the graphs."""
+        """What TorchExecutor does, after a pass of which all is wanted that may be; and record the
+        graphs."""
+        self.execute(StepPlan((Chunk(_demanding(), 0, 1, sample=True),)))
+        self._guess = None
         super().warm_up()
         self._guess = None
         self._launcher.record()
@@ -118,8 +124,9 @@ class GpuExecutor(TorchExecutor):
         rows = [guess.row_of(chunk) if guess else None for chunk in plan.chunks]
         missing = [chunk for chunk, row in zip(plan.chunks, rows, strict=True) if row is None]
         launched = self._launcher.chunks(missing) if missing else None
-        following = self._go_on(plan, rows, guess, launched)
-        foreseen = guess.launched.sampled() if guess and len(missing) < len(rows) else []
+        passes = [each.drawn for each in (guess and guess.launched, launched) if each]
+        following = self._go_on(plan, rows, passes)
+        foreseen = guess.launched.drawn.sampled() if guess and len(missing) < len(rows) else []
         computed = iter(launched.results() if launched else ())
         sampled: list[Sampled | None] = []
         prompt: list[tuple[Logprob, ...]] = []
@@ -130,7 +137,7 @@ class GpuExecutor(TorchExecutor):
         if guess is not None:
             hits = len(rows) - len(missing)
             self.taken, self.wasted = self.taken + hits, self.wasted + len(guess.rows) - hits
-        if following is not None:
+        if following is not None and all(drawn.goes_on for drawn in passes):
             chunks = zip(plan.chunks, sampled, strict=True)
             tokens = {chunk.sequence: token for chunk, token in chunks}
             found = (tokens[sequence] for sequence in following.rows)
@@ -138,25 +145,18 @@ class GpuExecutor(TorchExecutor):
             self._guess = following
         return tuple(sampled), tuple(prompt), guess.watch if guess and not missing else None
 
-    def _go_on(
-        self,
-        plan: StepPlan,
-        rows: list[int | None],
-        guess: Guess | None,
-        launched: Launched | None,
-    ) -> Guess | None:
-        """Begin the pass that most likely follows: one more token for each sequence that goes on.
+    def _go_on(self, plan: StepPlan, rows: list[int | None], passes: list[Drawn]) -> Guess | None:
+        """Begin the pass that most likely follows: one more token for each sequence that goes on,
+        behind those of `passes`: the guess, with the tokens of `rows`, and what was missing in it.
 
-        Not while a prompt is under way, whose next chunk belongs into the same pass, nor if the
-        host must look at logits first.
+        Not while a prompt is under way, whose next chunk belongs into the same pass.
         """
-        known = launched is None or launched.tokens is not None
-        if not self._ahead or not known or not all(map(_may_go_on, plan.chunks)):
+        if not self._ahead or not all(chunk.sample for chunk in plan.chunks):
             return None
         size = self.pool.block_size
         sources: list[int] = []  # rows of the tokens of both passes, one after the other
         sequences: list[Sequence] = []
-        fresh = len(guess.rows) if guess else 0
+        fresh = sum(len(drawn.tokens) for drawn in passes) - rows.count(None)
         wanted = 0
         for chunk, row in zip(plan.chunks, rows, strict=True):
             source, fresh = (fresh, fresh + 1) if row is None else (row, fresh)
@@ -170,8 +170,7 @@ class GpuExecutor(TorchExecutor):
         few = len(sequences) < _WORTH * wanted
         if not sequences or few or not self._launcher.goes_on(len(sequences)):
             return None
-        passes = [each.tokens for each in (guess and guess.launched, launched) if each]
-        tokens = torch.cat([each for each in passes if each is not None])
+        tokens = torch.cat([drawn.tokens for drawn in passes])
         positions = [len(sequence.tokens) for sequence in sequences]
         begun, watch = self._launcher.go_on(sequences, positions, tokens, sources)
         tables = [s.blocks[: p // size + 1] for s, p in zip(sequences, positions, strict=True)]
@@ -184,5 +183,13 @@ class GpuExecutor(TorchExecutor):
         return left > 1 and len(sequence.tokens) < self._capacity.max_context
 
 
-def _may_go_on(chunk: Chunk) -> bool:
-    return chunk.sample and samples_on_device(chunk.sequence)
+def _demanding() -> Sequence:
+    """A sequence that nobody asked for, whose token needs every kernel that tokens may need."""
+    sampling = Sampling(
+        temperature=1.0, top_k=1, top_p=0.5, repetition_penalty=2.0, logit_bias=((0, 1.0),)
+    )
+    stopping = Stopping(max_tokens=2, min_tokens=2, eos_token_ids=frozenset({0}))
+    request = Request("warm-up", (0,), sampling, stopping, logprobs=1)
+    sequence = Sequence.start(request, 0, now=0.0)
+    sequence.blocks = [0]
+    return sequence

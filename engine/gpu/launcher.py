@@ -8,71 +8,49 @@ import numpy as np
 from torch import Tensor
 
 from baton.types import Logprob
-from engine.gpu.choice import DeviceChoice
 from engine.gpu.graphs import DecodeGraphs, DecodeRows
 from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
-from engine.gpu.transfer import Arriving, Stopwatch, batch_to_device, to_device
+from engine.gpu.sampler import DeviceSampler, Drawn
+from engine.gpu.transfer import Stopwatch, batch_to_device, to_device
 from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
-from engine.model.logits import needs_adjustment
 from engine.model.pool import KvPool
 from engine.model.runner import prompt_logprobs_of
-from engine.model.sampler import pick, sample
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan
 from scheduling.sequence import Sequence
 
 Result = tuple[Sampled | None, tuple[Logprob, ...]]
 
 
-def samples_on_device(sequence: Sequence) -> bool:
-    """Whether its tokens can be drawn without the host: no logprobs, penalties or constraints."""
-    return sequence.request.logprobs is None and not needs_adjustment(sequence)
-
-
 class Launched:
     """A pass that the device computes."""
 
-    def __init__(self, chunks: Items[Chunk], tokens: Tensor, sequences: list[Sequence]) -> None:
-        """`tokens` [S] int64: those of `sequences`, the ones that sample, on the device."""
-        self.tokens: Tensor | None = tokens
-        self._sequences = sequences
+    def __init__(
+        self, chunks: Items[Chunk], drawn: Drawn, prompt: Items[tuple[Logprob, ...]] = ()
+    ) -> None:
+        """`drawn` are the tokens of the chunks that sample; `prompt` the logprobs of each chunk's
+        prompt tokens, which are there already, nothing if nobody wants any."""
+        self.drawn = drawn
         self._chunks = chunks
-        self._arriving = Arriving(tokens)
-
-    def sampled(self) -> list[Sampled]:
-        """The tokens of the sequences, when they are there."""
-        return pick(self._arriving.wait(), self._sequences)
+        self._prompt = prompt or [()] * len(chunks)
 
     def results(self) -> list[Result]:
-        """What each chunk gets."""
-        tokens = iter(self.sampled())
-        return [(next(tokens) if chunk.sample else None, ()) for chunk in self._chunks]
-
-
-class Looked(Launched):
-    """A pass whose logits the host had to look at: it is over."""
-
-    def __init__(self, results: list[Result]) -> None:
-        self.tokens = None
-        self._results = results
-
-    def sampled(self) -> list[Sampled]:
-        """The tokens of the sequences that sample."""
-        return [token for token, _ in self._results if token is not None]
-
-    def results(self) -> list[Result]:
-        """What each chunk gets."""
-        return self._results
+        """What each chunk gets, when it is there."""
+        tokens = iter(self.drawn.sampled())
+        pairs = zip(self._chunks, self._prompt, strict=True)
+        return [(next(tokens) if chunk.sample else None, found) for chunk, found in pairs]
 
 
 class Launcher:
     """One model and one pool. Passes run in the order in which they are given."""
 
-    def __init__(self, model: GpuLlama, pool: KvPool, capacity: Capacity) -> None:
-        self._model, self._pool = model, pool
+    def __init__(
+        self, model: GpuLlama, pool: KvPool, capacity: Capacity, batches: BatchBuilder
+    ) -> None:
+        self._model, self._pool, self._batches = model, pool, batches
         self._device = pool.storage.device
-        self._choice = DeviceChoice(self._device)
-        self._batches = BatchBuilder(pool.block_size)
+        most = capacity.max_sequences * capacity.depth
+        self._sampler = DeviceSampler(model.vocab_size, most, self._device)
         self._graphs = DecodeGraphs(model, pool, capacity)
 
     def record(self) -> None:
@@ -83,11 +61,11 @@ class Launcher:
         """A pass over tokens that the host knows."""
         plan = StepPlan(tuple(chunks))
         self._clear(begun_blocks(plan, self._pool.block_size))
-        sampling = [chunk.sequence for chunk in chunks if chunk.sample]
-        if len(sampling) == len(chunks) == plan.tokens and self._graphs.holds(len(chunks)):
+        singles = plan.tokens == len(chunks) and all(chunk.sample for chunk in chunks)
+        if singles and self._graphs.holds(len(chunks)):
             ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks])
             logits = self._graphs.run(self._rows(plan.chunks), to_device(ids, self._device))
-            return self._choose(chunks, sampling, logits)
+            return Launched(chunks, self._draw(chunks, logits))
         batch, places = self._batches.build(plan)
         batch = batch_to_device(batch, self._device)
         logits = self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
@@ -99,7 +77,7 @@ class Launcher:
         order = [_row(place, batch.whole_rows) for chunk, place in pairs if chunk.sample]
         if order != list(range(len(logits))):
             logits = logits[to_device(np.array(order, dtype=np.int64), self._device)]
-        return self._choose(chunks, sampling, logits, prompt)
+        return Launched(chunks, self._draw(chunks, logits), prompt)
 
     def goes_on(self, count: int) -> bool:
         """Whether `go_on` takes so many sequences."""
@@ -117,26 +95,14 @@ class Launcher:
         ids = tokens[to_device(np.array(sources), self._device)]
         logits = self._graphs.run(self._rows(chunks), ids)
         lengths = [at + 1 for at in positions]
-        launched = Launched(chunks, self._choice.draw(logits, sequences, lengths), sequences)
+        launched = Launched(chunks, self._sampler.draw(logits, sequences, lengths, ids))
         watch.stop()
         return launched, watch
 
-    def _choose(
-        self,
-        chunks: list[Chunk],
-        sequences: list[Sequence],
-        logits: Tensor,
-        prompt: Items[tuple[Logprob, ...]] = (),
-    ) -> Launched:
-        """The tokens of the sequences, those of the chunks that sample, from their logits [S,
-        vocab_size]: on the device, unless somebody wants more than tokens."""
-        if not any(prompt) and all(map(samples_on_device, sequences)):
-            lengths = [len(sequence.tokens) for sequence in sequences]
-            return Launched(chunks, self._choice.draw(logits, sequences, lengths), sequences)
-        tokens = iter(sample(logits, sequences, self._choice) if sequences else ())
-        logprobs = prompt or [()] * len(chunks)
-        pairs = zip(chunks, logprobs, strict=True)
-        return Looked([(next(tokens) if chunk.sample else None, found) for chunk, found in pairs])
+    def _draw(self, chunks: list[Chunk], logits: Tensor) -> Drawn:
+        """The tokens of the chunks that sample, whose logits these are: [S, vocab_size]."""
+        sequences = [chunk.sequence for chunk in chunks if chunk.sample]
+        return self._sampler.draw(logits, sequences, [len(s.tokens) for s in sequences])
 
     def _clear(self, blocks: list[int]) -> None:
         """Zero these blocks, before a sequence begins to fill them."""

@@ -51,8 +51,9 @@ def best_tokens(logits: Tensor) -> Tensor:
     return best.indices.masked_fill(best.values == -math.inf, -1)
 
 
-def needs_adjustment(sequence: Sequence) -> bool:
-    """True if the logits of this sequence's next token must change before any choice."""
+def needs_adjustment(sequence: Sequence, ahead: int = 0) -> bool:
+    """True if the logits of this sequence's next token must change before any choice. `ahead`:
+    tokens before it that the sequence does not know yet."""
     sampling = sequence.request.sampling
     return bool(
         sampling.repetition_penalty != 1.0
@@ -60,7 +61,7 @@ def needs_adjustment(sequence: Sequence) -> bool:
         or sampling.frequency_penalty
         or sampling.logit_bias
         or sampling.allowed_token_ids
-        or _forbidden_ends(sequence)
+        or forbidden_ends(sequence, ahead)
     )
 
 
@@ -133,17 +134,17 @@ def _constrain(row: Tensor, sequence: Sequence) -> None:
         kept = row[ids]
         row.fill_(-math.inf)
         row[ids] = kept
-    ends = _ids(_forbidden_ends(sequence), row)
+    ends = _ids(forbidden_ends(sequence), row)
     kept = row[ends]
     row[ends] = -math.inf
     if bool(row.amax() == -math.inf):
         row[ends] = kept
 
 
-def _forbidden_ends(sequence: Sequence) -> frozenset[int]:
-    """Tokens that would end the sequence before it has its min tokens."""
+def forbidden_ends(sequence: Sequence, ahead: int = 0) -> frozenset[int]:
+    """Tokens that would end the sequence before it has its min tokens; `ahead` as above."""
     stopping = sequence.request.stopping
-    if sequence.generated >= stopping.min_tokens:
+    if sequence.generated + ahead >= stopping.min_tokens:
         return frozenset()
     return stopping.eos_token_ids | stopping.stop_token_ids
 

@@ -127,7 +127,7 @@ def is_plain_greedy(sequence: Sequence) -> bool:
 def _possible(tokens: list[int], sequences: list[Sequence]) -> list[int]:
     """The tokens, with a last resort in the place of each -1."""
     return [
-        token if token >= 0 else _last_resort(sequence)
+        token if token >= 0 else _resort(sequence)
         for token, sequence in zip(tokens, sequences, strict=True)
     ]
 
@@ -155,14 +155,18 @@ def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     return offset.add(block, alpha=_BLOCK)
 
 
-def _last_resort(sequence: Sequence) -> int:
-    """What to emit when no token is possible; see `sample`."""
+def _resort(sequence: Sequence) -> int:
     _logger.warning("request %s: no token is possible at this step", sequence.request.id)
+    return last_resort(sequence)
+
+
+def last_resort(sequence: Sequence) -> int:
+    """What to emit when no token is possible; see `sample`."""
     stopping = sequence.request.stopping
     allowed = sequence.request.sampling.allowed_token_ids
     ends = sorted(stopping.eos_token_ids) + sorted(stopping.stop_token_ids)
-    possible = [token for token in ends if not allowed or token in allowed]
-    return (*possible, *allowed, 0)[0]
+    possible = (token for token in ends if not allowed or token in allowed)
+    return next(possible, allowed[0] if allowed else 0)
 
 
 def _reports(

@@ -241,13 +241,8 @@ class Driver:
     def add(self, prompt: Items[int], max_tokens: int, **request: Any) -> Sequence:
         """A new sequence."""
         sampling = request.pop("sampling", Sampling())
-        made = Request(
-            f"request-{len(self.running)}",
-            tuple(prompt),
-            sampling,
-            Stopping(max_tokens=max_tokens),
-            **request,
-        )
+        stopping = Stopping(max_tokens=max_tokens, **request.pop("stopping", {}))
+        made = Request(f"request-{len(self.running)}", tuple(prompt), sampling, stopping, **request)
         sequence = Sequence.start(made, 0, now=0.0)
         self.running.append(sequence)
         return sequence

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
 
-from baton.types import Sampling
+from baton.types import Logprob, Sampling
 from engine.gpu.executor import GpuExecutor
+from engine.gpu.model import GpuLlama
+from scheduling.sequence import Sequence
 from tests.engine.conftest import one_layer
 
 Make = Callable[..., Any]
@@ -49,6 +54,16 @@ def test_a_batch_that_goes_on_is_begun_before_it_is_planned(small: Any, on_gpu: 
         small.assert_generates(text, sequence.tokens[len(text) :])
     assert driver.executor.taken == 3 * 3  # all but the first tokens
     assert driver.executor.wasted == 0
+
+
+def test_warm_up_leaves_nothing_behind(small: Any, on_gpu: Make) -> None:
+    driver = on_gpu(small.path, budget=20)
+    driver.executor.warm_up()
+    assert not driver.executor.pool.storage.any()
+    text = prompt(5)
+    sequence = driver.add(text, 3, logprobs=1)
+    driver.run()
+    small.assert_generates(text, sequence.tokens[len(text) :])
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
@@ -135,29 +150,113 @@ def test_seeded_sequences_draw_what_they_draw_in_torch(
     assert ours.executor.taken > 0
 
 
-def test_logprobs_penalties_and_prompt_logprobs_are_those_of_torch(
+PENALTIES = Sampling(repetition_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.4)
+WANTS: list[dict[str, Any]] = [
+    {"sampling": PENALTIES},
+    {"sampling": replace(PENALTIES, temperature=1.0, top_p=0.9, seed=5), "logprobs": 3},
+    {"sampling": Sampling(logit_bias=((9, 2.0), (30, 5.0)), allowed_token_ids=(9, 30, 31, 32))},
+    {"stopping": {"min_tokens": 3, "eos_token_ids": frozenset(range(40))}},
+    {"logprobs": 0},
+    {"sampling": Sampling(temperature=0.8, seed=6)},
+    {},
+]
+"""What requests may want beside the likeliest token, and two that want nothing of the kind."""
+
+
+def assert_near(ours: Logprob, theirs: Logprob) -> None:
+    """The same but for rounding."""
+    assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
+    assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+    shares = [theirs.logprob, *(share for _, share in theirs.top)]
+    assert [ours.logprob, *(share for _, share in ours.top)] == pytest.approx(shares, abs=1e-4)
+
+
+def told(driver: Any, sequences: list[Sequence]) -> list[list[Logprob]]:
+    """The log probabilities that each sequence was given with its tokens."""
+    found: dict[Sequence, list[Logprob]] = {sequence: [] for sequence in sequences}
+    for plan, result in driver.results:
+        for chunk, sampled in zip(plan.chunks, result.sampled, strict=True):
+            if sampled is not None and sampled.logprob is not None:
+                found[chunk.sequence].append(sampled.logprob)
+    return list(found.values())
+
+
+def test_whatever_requests_want_of_their_tokens_they_are_begun_before_they_are_planned(
     small: Any, on_gpu: Make, drive: Make
 ) -> None:
-    path = small.path
-
-    def results(driver: Any) -> list[Any]:
-        driver.add(prompt(6), 2, logprobs=2)
-        driver.add(prompt(5, 2), 2, sampling=Sampling(repetition_penalty=1.5))
-        driver.add(prompt(4, 3), 2, prompt_logprobs=1)
+    def run(driver: Any) -> tuple[list[list[int]], list[list[Logprob]]]:
+        sequences = [driver.add(prompt(5 + i, i), 4, **wants) for i, wants in enumerate(WANTS)]
         driver.run()
-        return [result for _, result in driver.results]
+        return [sequence.tokens for sequence in sequences], told(driver, sequences)
 
-    for ours, theirs in zip(
-        results(on_gpu(path)), results(drive(path, attention_backend="torch")), strict=True
-    ):
-        for one, other in zip(ours.sampled, theirs.sampled, strict=True):
-            assert one.token_id == other.token_id
-            assert (one.logprob is None) == (other.logprob is None)
-            if one.logprob is not None:
-                assert one.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
-        for one, other in zip(ours.prompt_logprobs, theirs.prompt_logprobs, strict=True):
-            assert [p.token_id for p in one] == [p.token_id for p in other]
-            assert [p.logprob for p in one] == pytest.approx([p.logprob for p in other], abs=1e-4)
+    ours = on_gpu(small.path)
+    tokens, logprobs = run(ours)
+    wanted_tokens, wanted_logprobs = run(drive(small.path, attention_backend="torch"))
+    assert tokens == wanted_tokens
+    generated = [len(found) - 5 - i for i, found in enumerate(tokens)]
+    assert ours.executor.taken == sum(generated) - len(WANTS)  # all but the first tokens
+    assert [len(found) for found in logprobs] == [0, generated[1], 0, 0, generated[4], 0, 0]
+    for one, other in zip(chain(*logprobs), chain(*wanted_logprobs), strict=True):
+        assert_near(one, other)
+
+
+def test_sequences_that_want_their_logits_changed_survive_wasted_guesses_and_preemption(
+    small: Any, on_gpu: Make, drive: Make
+) -> None:
+    def run(driver: Any) -> list[list[int]]:
+        wanted = WANTS[:4]
+        sequences = [driver.add(prompt(4 + i, i), 6, **wants) for i, wants in enumerate(wanted)]
+        for turn in range(2):
+            driver.step()
+            driver.step()
+            driver.running = sequences[turn::2]  # the others displaced, by some that rank better
+            driver.step()
+            driver.running = sequences
+            driver.preempt(sequences[turn])
+        driver.run()
+        return [sequence.tokens for sequence in sequences]
+
+    ours = on_gpu(small.path, block_size=8)
+    assert run(ours) == run(drive(small.path, block_size=8, attention_backend="torch"))
+    assert ours.executor.taken > 0
+    assert ours.executor.wasted > 0
+
+
+def test_a_guess_from_no_token_is_not_taken(
+    small: Any, on_gpu: Make, drive: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, text = on_gpu(small.path), prompt(5)
+    sequence = driver.add(text, 6, sampling=Sampling(repetition_penalty=1.5))
+    with monkeypatch.context() as patch:
+        computed = GpuLlama.logits
+        patch.setattr(GpuLlama, "logits", lambda *given: computed(*given) * math.nan)
+        driver.step()
+        driver.step()
+    assert sequence.tokens[5:] == [0, 0]  # the last resort
+    driver.run()
+    assert driver.executor.taken == 3  # not the two that came after none
+    other = drive(small.path, attention_backend="torch")
+    wanted = other.add([*text, 0, 0], 4, sampling=Sampling(repetition_penalty=1.5))
+    other.run()
+    assert sequence.tokens == wanted.tokens
+
+
+def test_prompt_logprobs_are_those_of_torch(small: Any, on_gpu: Make, drive: Make) -> None:
+    def run(driver: Any) -> list[Logprob]:
+        driver.add(prompt(6), 2)
+        driver.add(prompt(4, 3), 2, prompt_logprobs=1, logprobs=1)
+        driver.run()
+        return [
+            logprob
+            for _, result in driver.results
+            for found in result.prompt_logprobs
+            for logprob in found
+        ]
+
+    ours, theirs = run(on_gpu(small.path)), run(drive(small.path, attention_backend="torch"))
+    assert len(ours) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        assert_near(one, other)
 
 
 @pytest.mark.parametrize(

@@ -6,33 +6,33 @@ from functools import partial
 
 import torch
 
-from engine.gpu.kernels.adjust import Tables, adjust, note
+from engine.gpu.kernels.adjust import FIELDS, adjust, forbid
+
+_VOCABULARY = 128_256
 
 
-def _tables(width: int) -> Tables:
-    def words(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
+def _new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    return Tables(
-        seen=words(3, width),
-        counts=words(3, width),
-        lengths=words(3),
-        penalties=words(3, 3).float(),
-        bias_tokens=words(3, width),
-        biases=words(3, width).float(),
-        allowed=words(3, width),
-        ends=words(3, width),
-        ends_from=words(3),
-        positions=words(3),
+
+def _adjust(dtype: torch.dtype, ahead: bool) -> None:
+    adjust(
+        _new(dtype, 3, _VOCABULARY),
+        _new(torch.int32, 3, FIELDS),
+        _new(torch.int32, 2, _VOCABULARY),
+        _new(torch.float32, 2, _VOCABULARY),
+        _new(torch.int64, 3) if ahead else None,
     )
 
 
-def _adjust(dtype: torch.dtype, width: int) -> None:
-    adjust(torch.empty(3, 128_256, dtype=dtype, device="meta"), _tables(width))
+def _forbid() -> None:
+    scores = _new(torch.float32, 3, _VOCABULARY)
+    forbid(scores, _new(torch.int32, 2), _new(torch.int32, 2, 5))
 
 
 LAUNCHES = {
-    "bf16": partial(_adjust, torch.bfloat16, 5),
-    "nothing": partial(_adjust, torch.float32, 0),
-    "note": lambda: note(torch.empty(3, dtype=torch.int64, device="meta"), _tables(5)),
+    "bf16-ahead": partial(_adjust, torch.bfloat16, True),
+    "fp32": partial(_adjust, torch.float32, False),
+    "forbid": _forbid,
 }
+WIDE = ("fp32",)
