@@ -227,6 +227,9 @@ class WorkerConfig(SchedulingConfig):
         0, description="longest prompt plus output; the model's own limit if 0"
     )
     max_waiting: Positive = Field(1024, description="sequences held beyond the running batch")
+    prefix_cache: bool = Field(
+        True, description="reuse the KV of prompts that begin as others of their tenant did"
+    )
     worker_ttl: Seconds = Field(5.0, description="a worker silent for this long is gone")
     record_run: Path | None = Field(
         None, description="file to record every scheduling decision in, to replay; off if unset"

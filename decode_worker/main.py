@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -10,12 +12,13 @@ from baton import rpc, telemetry
 from baton.config import DecodeConfig, require_loopback, require_reachable
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
+from baton.prefix import block_keys
 from baton.shared_cores import Place, SharedCores
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.host_blocks import filling, to_fill
-from engine.model.load import executor_from
+from engine.model.load import executor_from, reuses_prefixes
 from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
@@ -49,6 +52,8 @@ class DecodeServer:
         if config.shared_cores:
             executor.share_cores(SharedCores(Place.parse(config.shared_cores)))
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        reuse = reuses_prefixes(config, capacity)
+        config = config.model_copy(update={"prefix_cache": reuse})
         cost = CostTracker()
         self._dialer = _dialer(config, layout)
         store = to_fill(executor)
@@ -112,11 +117,16 @@ async def run(config: DecodeConfig) -> None:
 def _scheduler(
     config: DecodeConfig, capacity: Capacity, cost: CostTracker, recorder: RunRecorder | None
 ) -> DecodeScheduler:
-    policy, rules, most = policy_from(config, cost), Rules.of(config), config.max_waiting
-    if recorder is None:
-        return DecodeScheduler(capacity, policy, max_waiting=most, rules=rules, cost=cost)
-    return RecordedDecodeScheduler(
-        capacity, policy, recorder, max_waiting=most, rules=rules, cost=cost
+    make: Callable[..., DecodeScheduler] = DecodeScheduler
+    if recorder is not None:
+        make = partial(RecordedDecodeScheduler, recorder=recorder)
+    return make(
+        capacity,
+        policy_from(config, cost),
+        max_waiting=config.max_waiting,
+        rules=Rules.of(config),
+        cost=cost,
+        block_keys=block_keys if config.prefix_cache else None,
     )
 
 

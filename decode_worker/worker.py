@@ -46,6 +46,7 @@ class DecodeWorker:
     ) -> None:
         """`on_idle` as in EngineLoop."""
         self._scheduler = scheduler
+        self._block_size = executor.capacity.block_size
         self._consumer = consumer
         self._metrics = metrics
         self._reserve_timeout = reserve_timeout
@@ -160,7 +161,8 @@ class DecodeWorker:
         try:
             if ref.blocks > len(sequence.blocks) or ref.tokens != len(sequence.tokens):
                 raise InvalidRequest.of("kv", f"{ref.blocks} blocks do not fit the reservation")
-            slot.kv = await self._consumer.pull(ref, sequence.blocks[: ref.blocks])
+            skip = sequence.cached // self._block_size
+            slot.kv = await self._consumer.pull(ref, sequence.blocks[skip : ref.blocks], skip)
         except Exception as error:
             # Whatever went wrong with the bytes, the tokens are here: recompute.
             log.warning("KV of request %s is recomputed: %s", slot.request_id, error)
@@ -254,7 +256,9 @@ class DecodeWorker:
                 slot.link.event(worker_pb2.SlotEvent(slot=slot.number, prompt_logprobs=told))
             case LocalPrefill():
                 timing = worker_pb2.LocalPrefill(
-                    queued=wire.duration(event.queued), computed=wire.duration(event.computed)
+                    queued=wire.duration(event.queued),
+                    computed=wire.duration(event.computed),
+                    cached_tokens=event.cached,
                 )
                 slot.link.event(worker_pb2.SlotEvent(slot=slot.number, local_prefill=timing))
             case RequestFailed():

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 from baton.config import WorkerConfig
 from baton.errors import BatonError, ConfigError
 from baton.types import Request
-from scheduling.cost import CostTracker, LinearCost
+from scheduling.cost import LinearCost
 from scheduling.decode import DecodeScheduler
 from scheduling.events import DecodeEvent, PrefillEvent
 from scheduling.order import Policy
 from scheduling.plan import Capacity, StepPlan, StepResult
 from scheduling.prefill import PrefillScheduler
-from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from scheduling.simulator import record
-from scheduling.simulator.record import RequestRecord, RunHeader, token_of
+from scheduling.simulator.block_numbers import BlockNumbers
+from scheduling.simulator.record import GOES_ON, RequestRecord, RunHeader, token_of
 
 Submitted = TypeVar("Submitted")
 Submitted_co = TypeVar("Submitted_co", covariant=True)
@@ -33,6 +33,11 @@ class RunRecorder:
 
     def __init__(self, path: Path, header: RunHeader) -> None:
         """Overwrites the file. Raises OSError if that cannot be done."""
+        self._numbers = (
+            BlockNumbers(header.capacity.block_size)
+            if header.settings.get("prefix_cache")
+            else None
+        )
         self._file = path.open("w")
         self._file.write(record.header_line(header) + "\n")
 
@@ -43,10 +48,21 @@ class RunRecorder:
     def applied(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """The plan's result, which the scheduler does not know yet."""
         sampled = tuple(
-            None if token is None else _kind(chunk.sequence, token.token_id)
+            None if token is None else self.token(chunk.sequence, token.token_id)
             for chunk, token in zip(plan.chunks, result.sampled, strict=True)
         )
         self.write(record.Apply(now, result.seconds, sampled, result.swapped))
+
+    def request(self, request: Request) -> RequestRecord:
+        """What is kept of it."""
+        return RequestRecord.of(request, self._numbers)
+
+    def token(self, sequence: Sequence, token_id: int) -> int:
+        """What is kept of its next token."""
+        kind = token_of(sequence.request, sequence.generated + 1, token_id)
+        if kind == GOES_ON and self._numbers is not None:
+            return self._numbers.of_next(sequence, token_id) or kind
+        return kind
 
     def close(self) -> None:
         """Write out the rest."""
@@ -84,9 +100,9 @@ class _Recorded(Generic[Submitted, Event]):
         try:
             submitted = self._plain.submit(request, now)
         except BatonError:
-            self._recorder.write(record.Submit(now, RequestRecord.of(request), refused=True))
+            self._recorder.write(record.Submit(now, self._recorder.request(request), refused=True))
             raise
-        self._recorder.write(record.Submit(now, RequestRecord.of(request)))
+        self._recorder.write(record.Submit(now, self._recorder.request(request)))
         return submitted
 
     def abort(self, request_id: str, now: float) -> bool:
@@ -120,16 +136,10 @@ class RecordedDecodeScheduler(_Recorded[list[Sequence], DecodeEvent], DecodeSche
     """A DecodeScheduler that records every call."""
 
     def __init__(
-        self,
-        capacity: Capacity,
-        policy: Policy,
-        recorder: RunRecorder,
-        *,
-        max_waiting: int,
-        rules: Rules | None = None,
-        cost: CostTracker | None = None,
+        self, capacity: Capacity, policy: Policy, recorder: RunRecorder, **options: Any
     ) -> None:
-        super().__init__(capacity, policy, max_waiting=max_waiting, rules=rules, cost=cost)
+        """`options` are those of DecodeScheduler."""
+        super().__init__(capacity, policy, **options)
         self._recorder = recorder
 
     def reserve(self, request: Request, now: float) -> Sequence:
@@ -137,21 +147,21 @@ class RecordedDecodeScheduler(_Recorded[list[Sequence], DecodeEvent], DecodeSche
         try:
             sequence = super().reserve(request, now)
         except BatonError:
-            self._recorder.write(record.Reserve(now, RequestRecord.of(request), refused=True))
+            self._recorder.write(record.Reserve(now, self._recorder.request(request), refused=True))
             raise
-        self._recorder.write(record.Reserve(now, RequestRecord.of(request)))
+        self._recorder.write(record.Reserve(now, self._recorder.request(request)))
         return sequence
 
     def arrived(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
         """As DecodeScheduler."""
-        kind = _kind(sequence, first_token)
-        self._recorder.write(record.Arrived(now, sequence.request.id, kind))
+        token = self._recorder.token(sequence, first_token)
+        self._recorder.write(record.Arrived(now, sequence.request.id, token))
         return super().arrived(sequence, first_token, now)
 
     def lost(self, sequence: Sequence, first_token: int, now: float) -> list[DecodeEvent]:
         """As DecodeScheduler."""
-        kind = _kind(sequence, first_token)
-        self._recorder.write(record.Lost(now, sequence.request.id, kind))
+        token = self._recorder.token(sequence, first_token)
+        self._recorder.write(record.Lost(now, sequence.request.id, token))
         return super().lost(sequence, first_token, now)
 
     def abort_sequence(self, request_id: str, index: int) -> bool:
@@ -169,15 +179,10 @@ class RecordedPrefillScheduler(_Recorded[Sequence, PrefillEvent], PrefillSchedul
     """A PrefillScheduler that records every call."""
 
     def __init__(
-        self,
-        capacity: Capacity,
-        policy: Policy,
-        recorder: RunRecorder,
-        *,
-        max_waiting: int,
-        cost: CostTracker | None = None,
+        self, capacity: Capacity, policy: Policy, recorder: RunRecorder, **options: Any
     ) -> None:
-        super().__init__(capacity, policy, max_waiting=max_waiting, cost=cost)
+        """`options` are those of PrefillScheduler."""
+        super().__init__(capacity, policy, **options)
         self._recorder = recorder
 
     def release(self, blocks: Items[int]) -> None:
@@ -198,8 +203,3 @@ def recorder_from(
         return RunRecorder(config.record_run, RunHeader(role, capacity, settings, cost))
     except OSError as error:
         raise ConfigError(f"--record-run {config.record_run}: {error}") from error
-
-
-def _kind(sequence: Sequence, token_id: int) -> int:
-    """What its next token means to it."""
-    return token_of(sequence.request, sequence.generated + 1, token_id)

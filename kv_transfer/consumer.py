@@ -52,12 +52,13 @@ class PullConsumer:
         self._places = asyncio.Semaphore(slices)
         self._links = Links(dialer, timeout)
 
-    async def pull(self, ref: KvRef, into: Sequence[int]) -> PullReport:
-        """Copy the blocks of `ref` into the local blocks `into`; see contract.Consumer."""
+    async def pull(self, ref: KvRef, into: Sequence[int], skip: int = 0) -> PullReport:
+        """Copy the blocks of `ref` after the first `skip` into the local blocks `into`; see
+        contract.Consumer."""
         started = time.monotonic()
-        self._check(ref, into)
+        self._check(ref, into, skip)
         async with self._links.hold(ref) as hold:
-            await self._guarded(hold, ref, into)
+            await self._guarded(hold, ref, into, skip)
             seconds = time.monotonic() - started
             return PullReport(hold.peer.transport, len(into) * self._store.block_bytes, seconds)
 
@@ -65,17 +66,21 @@ class PullConsumer:
         """Disconnect from every producer. Ends no pull: cancel those first."""
         await self._links.close()
 
-    def _check(self, ref: KvRef, into: Sequence[int]) -> None:
+    def _check(self, ref: KvRef, into: Sequence[int], skip: int) -> None:
         if ref.layout_digest != self._layout.digest:
             raise KvTransferError("KV layouts differ")
-        if len(into) != ref.blocks or len(set(into)) != len(into):
-            raise KvTransferError(f"{ref.blocks} blocks leased, {len(set(into))} to put them")
+        if not 0 <= skip < ref.blocks:
+            raise KvTransferError(f"{ref.blocks} blocks leased, {skip} of them not wanted")
+        if skip + len(into) != ref.blocks or len(set(into)) != len(into):
+            raise KvTransferError(
+                f"{ref.blocks} blocks leased, {len(set(into))} to put them from {skip} on"
+            )
         if not all(0 <= block < self._store.blocks for block in into):
             raise ValueError("pull into blocks that do not exist")
 
-    async def _guarded(self, hold: Hold, ref: KvRef, into: Sequence[int]) -> None:
+    async def _guarded(self, hold: Hold, ref: KvRef, into: Sequence[int], skip: int) -> None:
         """Transfer while the lease is held; whatever ends it, the targets are quiet."""
-        transfer = asyncio.create_task(self._transfer(hold.peer, ref, into))
+        transfer = asyncio.create_task(self._transfer(hold.peer, ref, into, skip))
         try:
             await asyncio.wait({transfer, hold.gone}, return_when=asyncio.FIRST_COMPLETED)
             if not transfer.done():
@@ -85,7 +90,7 @@ class PullConsumer:
             transfer.cancel()
             await settled(transfer)
 
-    async def _transfer(self, peer: Peer, ref: KvRef, into: Sequence[int]) -> None:
+    async def _transfer(self, peer: Peer, ref: KvRef, into: Sequence[int], skip: int) -> None:
         """Follow, read, verify, commit. Raises KvTransferError."""
         landed = 0
         async with contextlib.aclosing(peer.follow(ref.lease_id)) as news:
@@ -94,7 +99,7 @@ class PullConsumer:
                     raise KvTransferError("the producer named blocks out of order")
                 if not all(0 <= block < peer.pool_blocks for block in final.blocks):
                     raise KvTransferError("the producer named a block outside its pool")
-                await self._read(peer, ref, final, into)
+                await self._read(peer, ref, final, into, skip)
                 landed += len(final.blocks)
                 if final.sealed:
                     break
@@ -104,13 +109,16 @@ class PullConsumer:
         if not await in_time(release, self._timeout, "release"):
             raise KvTransferError("lease was gone before the copy was complete")
 
-    async def _read(self, peer: Peer, ref: KvRef, final: FinalBlocks, into: Sequence[int]) -> None:
-        """Read and verify one message's blocks, slice by slice."""
-        for start in range(0, len(final.blocks), self._slice):
+    async def _read(
+        self, peer: Peer, ref: KvRef, final: FinalBlocks, into: Sequence[int], skip: int
+    ) -> None:
+        """Read and verify one message's blocks, slice by slice, from position `skip` on."""
+        for start in range(max(0, skip - final.first), len(final.blocks), self._slice):
             stop = start + self._slice
             sources, digests = final.blocks[start:stop], final.digests[start:stop]
             first = final.first + start
-            targets = [block_array(self._store, i) for i in into[first : first + len(sources)]]
+            wanted = into[first - skip : first - skip + len(sources)]
+            targets = [block_array(self._store, i) for i in wanted]
             run = Run(ref.lease_id, first, sources, targets, digests)
             async with self._places:
                 await in_time(peer.read(run), self._timeout, "reading blocks")

@@ -117,9 +117,10 @@ class Producer(Protocol):
 class Consumer(Protocol):
     """Pulls leased blocks into pages that the caller has reserved."""
 
-    async def pull(self, ref: KvRef, into: Sequence[int]) -> PullReport:
-        """Copy the blocks of `ref` into the local blocks `into`, chunk by chunk as they become
-        final, verify them, and have the producer confirm that the lease was still live.
+    async def pull(self, ref: KvRef, into: Sequence[int], skip: int = 0) -> PullReport:
+        """Copy the blocks of `ref`, but the first `skip`, which the caller has, into the local
+        blocks `into`, chunk by chunk as they become final, verify them, and have the producer
+        confirm that the lease was still live.
 
         Returns only when the KV is valid. Raises KvTransferError when it cannot be had (bad
         layout, digest mismatch, lease gone, peer dead or too slow); the caller recomputes. In

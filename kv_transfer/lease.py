@@ -18,6 +18,7 @@ Pure: reads no clock (`now` is passed in, in seconds) and does no I/O. Not threa
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -79,7 +80,7 @@ class LeaseTable:
 
     `time_to_live` in seconds; a renewal extends a lease to max(old end, now + 2/3 time_to_live),
     but never past `max_age` after its grant. At most `max_blocks` blocks are held by leases that
-    are not freed.
+    are not freed; one that is in several of them counts once.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class LeaseTable:
         self.max_blocks = max_blocks
         self._new_id = new_id
         self._leases: dict[bytes, Lease] = {}
-        self._held = 0
+        self._holders: Counter[int] = Counter()  # leases that hold each block
         self._freed: list[bytes] = []
 
     @property
     def held_blocks(self) -> int:
         """Blocks that may not be reused yet."""
-        return self._held
+        return len(self._holders)
 
     @property
     def live(self) -> int:
@@ -118,9 +119,10 @@ class LeaseTable:
 
     def grant(self, blocks: Sequence[int], now: float) -> Lease:
         """A new lease, in FILLING. Raises Overloaded at the cap."""
-        if self._held + len(blocks) > self.max_blocks:
+        new = sum(block not in self._holders for block in blocks)
+        if len(self._holders) + new > self.max_blocks:
             raise Overloaded(
-                f"{self._held} of {self.max_blocks} leasable KV blocks are leased",
+                f"{len(self._holders)} of {self.max_blocks} leasable KV blocks are leased",
                 subject="leased KV blocks",
             )
         end = now + min(self.time_to_live, self.max_age)
@@ -128,7 +130,7 @@ class LeaseTable:
         if lease.id in self._leases:
             raise RuntimeError("lease id drawn twice")
         self._leases[lease.id] = lease
-        self._held += len(blocks)
+        self._holders.update(blocks)
         return lease
 
     def finalize(self, lease_id: bytes, digests: Sequence[int], now: float) -> bool:
@@ -226,8 +228,9 @@ class LeaseTable:
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance."""
-        held = sum(len(lease.blocks) for lease in self._leases.values() if not lease.freed)
-        assert held == self._held <= self.max_blocks, (held, self._held)
+        held = [block for one in self._leases.values() if not one.freed for block in one.blocks]
+        assert Counter(held) == self._holders
+        assert len(self._holders) <= self.max_blocks
         for lease in self._leases.values():
             assert lease.readers >= 0
             assert lease.freed == (not lease.live and lease.readers == 0)
@@ -259,5 +262,8 @@ class LeaseTable:
     def _free_if_quiet(self, lease: Lease) -> None:
         if not lease.live and lease.readers == 0 and not lease.freed:
             lease.freed = True
-            self._held -= len(lease.blocks)
+            for block in lease.blocks:
+                self._holders[block] -= 1
+                if not self._holders[block]:
+                    del self._holders[block]
             self._freed.append(lease.id)

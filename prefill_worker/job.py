@@ -20,7 +20,7 @@ class Job:
     news: asyncio.Queue[KvRef | Prefilled | Exception] = field(default_factory=asyncio.Queue)
     lease: bytes = b""  # none before the first pass
     blocks: list[int] = field(default_factory=list)  # under the lease
-    freed: asyncio.Event = field(default_factory=asyncio.Event)  # of them
+    freed: asyncio.Event = field(default_factory=asyncio.Event)  # nobody reads them any more
     served: float = 0.0  # seconds of passes it took part in
     level: int = 0  # MLFQ level last seen
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import telemetry
 from baton.config import PrefillConfig, require_loopback, require_reachable
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
+from baton.prefix import block_keys
 from baton.rpc import Server
 from baton.shared_cores import Place, SharedCores
 from engine.host_blocks import to_publish
 from engine.metrics import EngineMetrics
-from engine.model.load import executor_from
+from engine.model.load import executor_from, reuses_prefixes
 from engine.recording import RecordedPrefillScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import KvServicer
 from kv_transfer.contract import KvLayout
@@ -50,6 +53,8 @@ class PrefillServer:
         if config.shared_cores:
             executor.share_cores(SharedCores(Place.parse(config.shared_cores)))
         capacity, layout = executor.capacity, KvLayout(**asdict(executor.pool.geometry))
+        reuse = reuses_prefixes(config, capacity)
+        config = config.model_copy(update={"prefix_cache": reuse})
         runs, store = to_publish(executor, lambda size: self._share(size).buffer)
         self._producer = LeaseProducer(
             store,
@@ -120,10 +125,16 @@ def _check(config: PrefillConfig) -> None:
 def _scheduler(
     config: PrefillConfig, capacity: Capacity, cost: CostTracker, recorder: RunRecorder | None
 ) -> PrefillScheduler:
-    policy, most = policy_from(config, cost), config.max_waiting
-    if recorder is None:
-        return PrefillScheduler(capacity, policy, max_waiting=most, cost=cost)
-    return RecordedPrefillScheduler(capacity, policy, recorder, max_waiting=most, cost=cost)
+    make: Callable[..., PrefillScheduler] = PrefillScheduler
+    if recorder is not None:
+        make = partial(RecordedPrefillScheduler, recorder=recorder)
+    return make(
+        capacity,
+        policy_from(config, cost),
+        max_waiting=config.max_waiting,
+        cost=cost,
+        block_keys=block_keys if config.prefix_cache else None,
+    )
 
 
 async def run(config: PrefillConfig) -> None:

@@ -38,6 +38,7 @@ def _response(event: KvRef | Prefilled, request: Request) -> worker_pb2.PrefillR
         first=wire.output_to_proto(event.output, slot=0),
         queued=wire.duration(event.queued),
         computed=wire.duration(event.computed),
+        cached_tokens=event.cached,
     )
     if request.prompt_logprobs is not None:  # a prompt of one token has an entry, but no logprob
         prefilled.prompt_logprobs.extend(

@@ -27,7 +27,8 @@ class PrefillWorker:
     engine's thread's, too, and touched under the engine's lock.
 
     Blocks: the scheduler's until PrefillStarted; then they lie under a lease, and the producer
-    says `on_freed` when that has ended and nobody reads them.
+    says `on_freed` when that has ended and nobody reads them. The prefill goes on without a lease,
+    for its first token, and until its end its blocks are nobody else's.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class PrefillWorker:
 
     def _complete(self, job: Job, event: Prefilled) -> None:
         del self._jobs[job.request.id]
+        self._release_if_done(job)
         if event.output.finish is None:
             self._producer.seal(job.lease)
         else:
@@ -130,12 +132,17 @@ class PrefillWorker:
         job.news.put_nowait(event)
 
     def on_freed(self, lease_id: bytes) -> None:
-        """The blocks of a lease may be used again."""
+        """Nobody reads the blocks of a lease any more."""
         job = self._leased.pop(lease_id)
-        self._release(job.blocks)
         job.freed.set()
+        self._release_if_done(job)
         self._metrics.load(self.load())
         self.engine.wake()
+
+    def _release_if_done(self, job: Job) -> None:
+        """Give back blocks that are neither under a lease nor written to by passes to come."""
+        if job.freed.is_set() and job.request.id not in self._jobs:
+            self._release(job.blocks)
 
     def _release(self, blocks: list[int]) -> None:
         with self.engine.lock:
@@ -152,6 +159,7 @@ class PrefillWorker:
         if self._jobs.pop(job.request.id, None) is not None:
             with self.engine.lock:
                 self._scheduler.abort(job.request.id, time.monotonic())
+            self._release_if_done(job)
             self.engine.wake()
         if job.lease:
             self._producer.revoke(job.lease)

@@ -288,6 +288,7 @@ class Chooser:
         kv = self._kv
         host = kv.swaps.host.free
         shortage = kv.shortage(head, free, self._ahead)
+        keeping = frozenset(kv.known(head)) if head.phase is Phase.WAITING else frozenset[int]()
         victims: list[Sequence] = []
         for sequence in reversed(candidates):
             if shortage <= 0:
@@ -297,6 +298,6 @@ class Chooser:
             needed = self._capacity.blocks_for(sequence.computed)
             if 0 < needed <= host:
                 host -= needed
-                shortage -= kv.gain(sequence)
+                shortage -= kv.gain(sequence, keeping)
                 victims.append(sequence)
         return victims if shortage <= 0 else []

@@ -40,6 +40,7 @@ from scheduling.group import Group, Groups
 from scheduling.in_flight import InFlight
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
+from scheduling.prefix import BlockKeys
 from scheduling.proactive import ProactiveSwaps
 from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
@@ -62,15 +63,19 @@ class DecodeScheduler:
         max_waiting: int,
         rules: Rules | None = None,
         cost: CostTracker | None = None,
+        block_keys: BlockKeys | None = None,
     ) -> None:
-        """`cost` is told of every pass; share it with the policy."""
+        """`cost` is told of every pass; share it with the policy. With `block_keys`, KV of
+        prefixes is reused (scheduling/prefix.py)."""
         self._capacity = capacity
         self._policy = policy
         self._rules = rules or Rules()
         self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
         self._groups = Groups()
-        self._kv = Residency(capacity, self._rules, lambda s: self._groups[s.request.id].sequences)
+        self._kv = Residency(
+            capacity, self._rules, lambda s: self._groups[s.request.id].sequences, block_keys
+        )
         self._in_flight = InFlight[Sequence](capacity.depth)
         self._door = Door(self._rules, capacity.max_sequences)
         self._chooser = Chooser(
@@ -91,10 +96,11 @@ class DecodeScheduler:
         if len(self._kv.waiting) >= self._max_waiting:
             raise Overloaded("too many requests wait on this worker", subject="decode worker")
         group = Group.of(request, PromptRecord(request, now), now)
-        for sequence in group.sequences:
-            self._policy.join(sequence, sequence.uncomputed, now)
         if group.sequences:
             self._groups.enter(group)
+        for sequence in group.sequences:
+            self._kv.known(sequence)
+            self._policy.join(sequence, sequence.to_compute, now)
         self._kv.wait(group.sequences)
         return list(group.sequences)
 
@@ -102,8 +108,9 @@ class DecodeScheduler:
         """Take a request whose KV comes from elsewhere, and allocate the blocks for it.
 
         Returns sequence 0, INCOMING; its tokens are the prompt and what earlier attempts
-        generated. Its siblings wait for it. Ends with `arrived`, `lost` or `abort`. Raises
-        Overloaded if there is no room now, InvalidRequest if never, AlreadyExists.
+        generated. The KV of the first `cached` of them is here, in whole blocks that others read:
+        only the rest is to be filled. Its siblings wait for it. Ends with `arrived`, `lost` or
+        `abort`. Raises Overloaded if there is no room now, InvalidRequest if never, AlreadyExists.
         """
         self._check(request)
         if request.prior(0).finished:
@@ -139,7 +146,7 @@ class DecodeScheduler:
             self._kv.quiet(sequence)
             return []
         self._kv.lose(sequence)
-        self._policy.join(sequence, sequence.uncomputed, now)
+        self._policy.join(sequence, sequence.to_compute, now)
         return self._accept(sequence, first_token)
 
     def abort(self, request_id: str, now: float) -> bool:
@@ -250,9 +257,12 @@ class DecodeScheduler:
         gave = zip(plan.chunks, result.sampled, result.prompt_logprobs, strict=True)
         live = [each for each in gave if self._is_live(each[0].sequence)]
         events: list[DecodeEvent] = []
+        size = self._capacity.block_size
         for chunk, _, logprobs in live:
             sequence = chunk.sequence
             sequence.computed += chunk.length
+            if sequence.computed // size != chunk.start // size:
+                self._kv.prefixes.keep(sequence)
             self._policy.charge(sequence, result.seconds, now)
             group = self._groups[sequence.request.id]
             if group.prompt is not None:
@@ -346,7 +356,7 @@ class DecodeScheduler:
         for sequence in sequences:
             group = groups[sequence.request.id]
             if group.prompt is not None:
-                group.begin_pass(now)
+                group.begin_pass(sequence, now)
 
     def _end_pass(self, plan: StepPlan) -> list[Sequence]:
         """Close the pass. Returns those of its sequences that were aborted meanwhile."""

@@ -18,11 +18,13 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class LocalPrefill:
-    """A prompt was computed here; durations in seconds, as in the proto of this name."""
+    """A prompt was computed here; durations in seconds, as in the proto of this name. The KV of
+    `cached` tokens of it was known before."""
 
     request_id: str
     queued: float
     computed: float
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class Prefilled:
     """The KV of all tokens is final; `output` is the token sampled after them.
 
     `sequence` has left the scheduler and ends with that token. Durations in seconds: arrival to
-    first pass, first pass to last. `prompt_logprobs` is empty unless asked for.
+    first pass, first pass to last. `prompt_logprobs` is empty unless asked for. The KV of `cached`
+    tokens of the prompt was known before.
     """
 
     sequence: Sequence
@@ -68,6 +71,7 @@ class Prefilled:
     prompt_logprobs: tuple[Logprob, ...]
     queued: float
     computed: float
+    cached: int = 0
 
 
 PrefillEvent = PrefillStarted | PrefillAdvanced | Prefilled | RequestFailed

@@ -27,10 +27,10 @@ class Group:
         indexes = (i for i in range(request.sampling.n) if not request.prior(i).finished)
         return cls(request, [Sequence.start(request, i, now) for i in indexes], prompt)
 
-    def begin_pass(self, now: float) -> None:
-        """A pass with a part of it begins."""
+    def begin_pass(self, sequence: Sequence, now: float) -> None:
+        """A pass with a part of it begins, in this sequence."""
         if self.prompt is not None:
-            self.prompt.begin(now)
+            self.prompt.begin(sequence, now)
 
     def prompt_news(
         self, chunk: Chunk, logprobs: tuple[Logprob, ...], now: float
@@ -43,7 +43,7 @@ class Group:
             return []
         record, self.prompt = self.prompt, None
         events: list[LocalPrefill | PromptLogprobs] = [
-            LocalPrefill(self.request.id, record.queued, record.computed(now))
+            LocalPrefill(self.request.id, record.queued, record.computed(now), record.cached)
         ]
         if self.request.prompt_logprobs is not None:
             events.append(PromptLogprobs(self.request.id, tuple(record.logprobs)))

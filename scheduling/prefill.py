@@ -4,13 +4,15 @@ A request gets the blocks for all its tokens before its first chunk, so it is ne
 memory and always ends. It is here as sequence 0 only; siblings (n > 1) are the decode worker's.
 
 Blocks are the scheduler's until `PrefillStarted` is reported, the receiver's from then on (see
-there). Between `plan` and `apply` all other methods may be called, as in scheduling/decode.py.
+there). Those of a prefix may be handed to several receivers at a time. Between `plan` and `apply`
+all other methods may be called, as in scheduling/decode.py.
 
 Knows nothing of leases or transports, and reads no clock.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ from scheduling.events import (
 from scheduling.in_flight import InFlight
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
+from scheduling.prefix import BlockKeys, PrefixCache, PrefixCounters
 from scheduling.prompt import PromptRecord
 from scheduling.sequence import Phase, Sequence
 from scheduling.shares import Tenants, in_turn, token_shares
@@ -54,14 +57,17 @@ class PrefillScheduler:
         *,
         max_waiting: int,
         cost: CostTracker | None = None,
+        block_keys: BlockKeys | None = None,
     ) -> None:
-        """`cost` is told of every pass; share it with the policy."""
+        """`cost` is told of every pass; share it with the policy. With `block_keys`, KV of
+        prefixes is reused (scheduling/prefix.py)."""
         self._capacity = capacity
         self._policy = policy
         self.cost = cost or CostTracker()
         self._max_waiting = max_waiting
         self._blocks = BlockAllocator(capacity.blocks)
-        self._handed_over: set[int] = set()  # blocks
+        self._prefixes = PrefixCache(self._blocks, capacity.block_size, block_keys)
+        self._handed_over: Counter[int] = Counter()  # how many receivers have each block
         self._jobs: dict[str, _Job] = {}  # live ones, by request id
         self._tenants = Tenants()  # theirs
         self._in_flight = InFlight[_Job](capacity.depth)  # the job of each chunk
@@ -82,7 +88,8 @@ class PrefillScheduler:
         if self.load().waiting >= self._max_waiting:
             raise Overloaded("too many prompts wait on this worker", subject="prefill worker")
         sequence = Sequence.start(request, 0, now)
-        self._policy.join(sequence, sequence.uncomputed, now)
+        self._prefixes.find(sequence)
+        self._policy.join(sequence, sequence.to_compute, now)
         self._jobs[request.id] = _Job(sequence, PromptRecord(request, now))
         self._tenants.came(request.tenant)
         return sequence
@@ -103,7 +110,7 @@ class PrefillScheduler:
     def release(self, blocks: Items[int]) -> None:
         """Take back blocks that were handed over, at any time: if a pass still writes to them,
         they are not used again before it ends, nor before others that have begun."""
-        self._handed_over.difference_update(blocks)
+        self._handed_over.subtract(blocks)
         self._blocks.release(blocks)
 
     # -- The step --------------------------------------------------------------------------
@@ -130,7 +137,7 @@ class PrefillScheduler:
         jobs = tuple([self._jobs[chunk.sequence.request.id] for chunk in chunks])
         self._in_flight.begin(plan, jobs)
         for job in jobs:
-            job.prompt.begin(now)
+            job.prompt.begin(job.sequence, now)
         self._blocks.begin_pass()
         return plan
 
@@ -153,6 +160,7 @@ class PrefillScheduler:
                 self._handed_over.update(sequence.blocks)
                 events.append(PrefillStarted(sequence))
             sequence.computed += chunk.length
+            self._prefixes.keep(sequence)
             self._policy.charge(sequence, result.seconds, now)
             job.prompt.add(chunk, logprobs)
             events.append(PrefillAdvanced(sequence, sequence.computed))
@@ -170,6 +178,11 @@ class PrefillScheduler:
 
     # -- Facts -----------------------------------------------------------------------------
 
+    @property
+    def prefixes(self) -> PrefixCounters:
+        """What was found of prompts since the start."""
+        return self._prefixes.counters
+
     def load(self) -> Load:
         """How busy this worker is. Blocks that were handed over are not free."""
         waiting = sum(job.sequence.phase is Phase.WAITING for job in self._jobs.values())
@@ -184,7 +197,7 @@ class PrefillScheduler:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
         jobs = [*self._jobs.values(), *self._in_flight.doomed]
         own = [job.sequence.blocks for job in jobs if not job.handed_over]
-        self._blocks.check_integrity([*own, list(self._handed_over)])
+        self._blocks.check_integrity([*own, list(self._handed_over.elements())])
         for job in self._jobs.values():
             sequence = job.sequence
             blocks = {
@@ -227,15 +240,16 @@ class PrefillScheduler:
             for sequence in ranked:
                 tenant = (sequence.request.priority, sequence.request.tenant)
                 had = granted.get(sequence, 0)
-                tokens = min(left, sequence.uncomputed - had)
-                if shared:
-                    tokens = min(tokens, shares[tenant])
-                if tokens <= 0 or (not had and len(granted) == most):
+                entitled = min(left, shares[tenant]) if shared else left
+                if entitled <= 0 or (not had and len(granted) == most):
                     continue
                 if sequence.phase is Phase.WAITING:
                     head_blocked = head_blocked or not self._admit(sequence)
                     if head_blocked:
                         continue
+                tokens = min(entitled, sequence.uncomputed - had)
+                if not tokens:
+                    continue
                 granted[sequence] = had + tokens
                 shares[tenant] -= tokens
                 left -= tokens
@@ -244,10 +258,13 @@ class PrefillScheduler:
         )
 
     def _admit(self, sequence: Sequence) -> bool:
-        needed = self._capacity.blocks_for(len(sequence.tokens))
-        if needed > self._blocks.free:
+        known = self._prefixes.find(sequence)
+        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(known)
+        if needed + self._blocks.idle(known) > self._blocks.free:
             return False
-        sequence.blocks = self._blocks.allocate(needed)
+        sequence.blocks = self._blocks.share(known) + self._blocks.allocate(needed)
+        sequence.computed, sequence.kept = sequence.cached, len(known)
+        self._prefixes.count(sequence)
         sequence.move(Phase.RUNNING)
         return True
 
@@ -265,6 +282,7 @@ class PrefillScheduler:
             prompt_logprobs=tuple(job.prompt.logprobs),
             queued=job.prompt.queued,
             computed=job.prompt.computed(now),
+            cached=job.prompt.cached,
         )
 
     def _end(self, job: _Job) -> None:

@@ -1,4 +1,4 @@
-"""What is noted while a prompt is computed: its times and its logprobs."""
+"""What is noted while a prompt is computed: its times, its logprobs, what was known of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from baton.types import Logprob, Request
 from scheduling.plan import Chunk
+from scheduling.sequence import Sequence
 
 
 @dataclass(slots=True)
@@ -15,12 +16,14 @@ class PromptRecord:
     request: Request
     arrived_at: float
     begun_at: float | None = None  # when its first pass was planned
+    cached: int = 0  # prompt tokens that were computed before
     logprobs: list[Logprob] = field(default_factory=list)  # of prompt tokens 1, 2, ...
 
-    def begin(self, now: float) -> None:
+    def begin(self, sequence: Sequence, now: float) -> None:
         """A pass with a part of it begins; the first one counts."""
         if self.begun_at is None:
             self.begun_at = now
+            self.cached = min(sequence.cached, sequence.prompt_length)
 
     def add(self, chunk: Chunk, logprobs: tuple[Logprob, ...]) -> None:
         """Take the logprobs of a pass, which are those of tokens from `chunk.start + 1` on.

@@ -67,7 +67,8 @@ class RemainingWork:
             left = quarter
         most = sequence.request.stopping.max_tokens - generated
         seconds = (left if left < most else most) * self.token_seconds
-        uncomputed = total - sequence.computed
+        computed, cached = sequence.computed, sequence.cached
+        uncomputed = total - (computed if computed > cached else cached)
         return seconds if uncomputed == 1 else seconds + self.catching_up(uncomputed)
 
     def catching_up(self, uncomputed: int) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Literal
 
+from scheduling.blocks import BlockAllocator
 from scheduling.forecast import peak_kv
 from scheduling.plan import Capacity
 from scheduling.sequence import Sequence
@@ -33,8 +34,9 @@ class Reservations:
     or will grow no more.
     """
 
-    def __init__(self, capacity: Capacity, rule: Admission) -> None:
+    def __init__(self, capacity: Capacity, rule: Admission, blocks: BlockAllocator) -> None:
         self._capacity = capacity
+        self._blocks = blocks
         self._rule = rule
         self._summed = rule in ("reserve-max", "reserve-sum")
         self._outstanding: dict[Sequence, int] = {}  # blocks each may still take
@@ -135,12 +137,17 @@ class Reservations:
 
     def excess(self, newcomer: Sequence, among: Collection[Sequence] | None = None) -> int:
         """By how many tokens the peak of all that are here (or of those `among` them) and a
-        newcomer exceeds the pool. The last block of each counts as half full."""
-        half, held, remaining = self._capacity.block_size // 2, [], []
+        newcomer exceeds the pool. The last block of each counts as half full.
+
+        What a sequence has from others is theirs. Where it is nobody's any more, since who computed
+        it has ended, it is as if it stayed to the end."""
+        size = self._capacity.block_size
+        half, held, remaining = size // 2, [], []
         for sequence in (*(self._outstanding if among is None else among), newcomer):
-            held.append(len(sequence.tokens) + half)
+            held.append(len(sequence.tokens) - sequence.cached + half)
             remaining.append(max(half, self._expected(sequence) - sequence.generated))
-        return peak_kv(held, remaining) - self._capacity.blocks * self._capacity.block_size
+        inherited = sum(s.cached for s in self._outstanding) - self._blocks.shared * size
+        return peak_kv(held, remaining) + max(0, inherited) - self._capacity.blocks * size
 
     @staticmethod
     def _expected(sequence: Sequence) -> int:

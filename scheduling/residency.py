@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from scheduling.blocks import BlockAllocator
 from scheduling.plan import Capacity, Swap
+from scheduling.prefix import BlockKeys, PrefixCache
 from scheduling.reservations import Reservations
 from scheduling.rules import Rules
 from scheduling.sequence import Phase, Sequence
@@ -35,6 +36,8 @@ class Counters:
     swapped_in: int = 0
     blocks_out: int = 0
     blocks_in: int = 0
+    looked_up: int = 0  # tokens, of sequences that got blocks, that might have been known
+    found: int = 0  # those that were
     mispredictions: int = 0  # sequences that outlived the allotment predicted for them
     waits: int = 0  # plans that could run nothing because of unfinished swaps
     stalls: int = 0  # passes that computed only when their swaps were complete
@@ -43,11 +46,19 @@ class Counters:
 class Residency:
     """The places, and the blocks."""
 
-    def __init__(self, capacity: Capacity, rules: Rules, siblings: Siblings) -> None:
+    def __init__(
+        self,
+        capacity: Capacity,
+        rules: Rules,
+        siblings: Siblings,
+        block_keys: BlockKeys | None = None,
+    ) -> None:
+        """`block_keys` as in PrefixCache."""
         self._capacity = capacity
         self._ahead = int(rules.ahead)
         self.blocks = BlockAllocator(capacity.blocks)
-        self.reservations = Reservations(capacity, rules.admission)
+        self.prefixes = PrefixCache(self.blocks, capacity.block_size, block_keys)
+        self.reservations = Reservations(capacity, rules.admission, self.blocks)
         self.swaps = SwapBook(capacity, self.blocks)
         self.prompts = SharedPrompts(capacity.block_size, siblings)
         self.waiting: dict[Sequence, None] = {}
@@ -70,6 +81,8 @@ class Residency:
             swapped_in=self._swapped_in,
             blocks_out=self._blocks_out,
             blocks_in=self._blocks_in,
+            looked_up=self.prefixes.counters.looked_up,
+            found=self.prefixes.counters.found,
             mispredictions=self.reservations.mispredictions,
         )
 
@@ -87,13 +100,14 @@ class Residency:
             self.waiting[sequence] = None
 
     def try_reserve(self, sequence: Sequence) -> bool:
-        """Give a new sequence blocks for a transfer to fill. False, and nothing done, if there is
-        no room or somebody waits for some."""
+        """Give a new sequence blocks for a transfer to fill, from `sequence.cached` tokens on:
+        those before are here already. False, and nothing done, if there is no room or somebody
+        waits for some."""
         self.reservations.allot(sequence)
-        if self.head_blocked or self.shortage(sequence, self.blocks.free) > 0:
+        known = self.prefixes.find(sequence)
+        if self.head_blocked or self._shortage(sequence, known, self.blocks.free) > 0:
             return False
-        sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
-        self.reservations.enter(sequence)
+        self._give_blocks(sequence, known)
         sequence.move(Phase.INCOMING)
         self.incoming.append(sequence)
         return True
@@ -102,12 +116,14 @@ class Residency:
         """The transfer has filled the blocks."""
         self.incoming.remove(sequence)
         sequence.computed = len(sequence.tokens)
+        self.prefixes.keep(sequence)
         self._run(sequence)
 
     def lose(self, sequence: Sequence) -> None:
         """The transfer failed and is quiet."""
         self.incoming.remove(sequence)
         self._free(sequence)
+        self.known(sequence)
         sequence.move(Phase.WAITING)
         self.waiting[sequence] = None
 
@@ -160,30 +176,60 @@ class Residency:
     ) -> int:
         """How many blocks more than `free` there must be to let it in, or back, and leave the
         headroom; 0 or less if there are enough. `among` as in Reservations.shortage."""
-        shared = len(self.prompts.blocks(sequence)) if sequence in self.waiting else 0
-        needed = self._capacity.blocks_for(len(sequence.tokens)) - shared
-        free -= self.headroom
-        return self.reservations.shortage(sequence, needed, shared, free, among)
+        known = self.known(sequence) if sequence.phase is Phase.WAITING else []
+        return self._shortage(sequence, known, free, among)
 
-    def gain(self, sequence: Sequence) -> int:
-        """By how many blocks a shortage is less when this running sequence gives way."""
-        sole = len(self.blocks.sole(sequence.blocks))
+    def known(self, sequence: Sequence) -> list[int]:
+        """The blocks that a waiting sequence can share with others: those of its longest known
+        prefix, or the full ones of its prompt if a sibling has computed them. Notes in
+        `sequence.cached` how much that is."""
+        found, shared = self.prefixes.find(sequence), self.prompts.blocks(sequence)
+        if len(shared) > len(found):
+            sequence.cached = len(shared) * self._capacity.block_size
+            return shared
+        return found
+
+    def _shortage(
+        self,
+        sequence: Sequence,
+        known: list[int],
+        free: int,
+        among: Collection[Sequence] | None = None,
+    ) -> int:
+        """The same, for a sequence that shares the `known` blocks."""
+        shared = len(known) - self.blocks.idle(known)  # the others are taken from the free ones
+        needed = self._capacity.blocks_for(len(sequence.tokens)) - shared
+        return self.reservations.shortage(sequence, needed, shared, free - self.headroom, among)
+
+    def gain(self, sequence: Sequence, keeping: Collection[int] = ()) -> int:
+        """By how many blocks a shortage is less when this running sequence gives way to one that
+        shares the blocks of `keeping`."""
+        sole = self.blocks.sole(sequence.blocks)
+        if keeping:
+            sole = [block for block in sole if block not in keeping]
         headroom = not sequence.allotment and self._unreserved <= self._capacity.max_sequences
-        return sole + self.reservations.held_for(sequence) + headroom
+        return len(sole) + self.reservations.held_for(sequence) + headroom
 
     def admit(self, sequence: Sequence, among: Collection[Sequence] | None = None) -> bool:
-        """Give a waiting sequence blocks for all its tokens, if there is room. The full blocks
-        of the prompt are shared with a sibling that has computed them."""
-        if self.shortage(sequence, self.blocks.free, among) > 0:
+        """Give a waiting sequence blocks for all its tokens, if there is room. Those that are
+        known it shares, and need not compute."""
+        known = self.known(sequence)
+        if self._shortage(sequence, known, self.blocks.free, among) > 0:
             return False
-        shared = self.prompts.blocks(sequence)
-        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
-        sequence.blocks = self.blocks.share(shared) + self.blocks.allocate(needed)
-        sequence.computed = len(shared) * self._capacity.block_size
+        self._give_blocks(sequence, known)
+        sequence.computed = sequence.cached
         del self.waiting[sequence]
-        self.reservations.enter(sequence)
         self._run(sequence)
         return True
+
+    def _give_blocks(self, sequence: Sequence, known: list[int]) -> None:
+        """Blocks for all its tokens. The known ones first: they may be among the free."""
+        shared = self.blocks.share(known)
+        needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
+        sequence.blocks = shared + self.blocks.allocate(needed)
+        sequence.kept = len(shared)
+        self.prefixes.count(sequence)
+        self.reservations.enter(sequence)
 
     def admit_siblings(self, sequence: Sequence) -> None:
         """`sequence` has just got its prompt: let in those that wait for it, before it may end."""
@@ -198,6 +244,7 @@ class Residency:
         kept."""
         self._stop(sequence)
         self._free(sequence)
+        self.known(sequence)
         self.reservations.resubmit(sequence)
         sequence.preemptions += 1
         self._recomputed += 1
@@ -224,6 +271,7 @@ class Residency:
         if self.shortage(sequence, self.blocks.free, among) > 0:
             return False
         sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
+        sequence.kept = sequence.cached = 0
         del self.swapped[sequence]
         self.reservations.enter(sequence)
         self._unreserved += not sequence.allotment
@@ -246,6 +294,7 @@ class Residency:
         else:
             sequence.host_blocks = []
             self._unreserved -= not sequence.allotment
+            self.prefixes.keep(sequence)
             self._run(sequence)
 
     def grow(self, sequence: Sequence) -> bool:

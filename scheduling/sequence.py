@@ -71,6 +71,9 @@ class Sequence:
     phase: Phase = Phase.WAITING
     finish: Finish | None = None
     preemptions: int = 0
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks (baton/prefix.py)
+    kept: int = 0  # blocks, from the first, that others can find, or that it has found itself
+    cached: int = 0  # tokens whose KV it has from others, or would have: as was last looked up
 
     # Set by the policy.
     level: int = 0  # MLFQ level, 0 first
@@ -113,6 +116,11 @@ class Sequence:
     def uncomputed(self) -> int:
         """Tokens that passes must still cover before the next one can be sampled; at least 1."""
         return len(self.tokens) - self.computed
+
+    @property
+    def to_compute(self) -> int:
+        """The same, without those whose KV it would have from others."""
+        return len(self.tokens) - max(self.computed, self.cached)
 
     @property
     def generating(self) -> bool:

@@ -78,7 +78,7 @@ def token_shares(ranked: Items[Sequence], tokens: int) -> dict[tuple[int, str], 
     for members in _classes(ranked):
         wanted: Counter[str] = Counter()
         for sequence in members:
-            wanted[sequence.request.tenant] += sequence.uncomputed
+            wanted[sequence.request.tenant] += sequence.to_compute
         given = _divide(wanted, tokens)
         tokens -= sum(given.values())
         shares |= {(members[0].request.priority, name): count for name, count in given.items()}

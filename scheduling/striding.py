@@ -88,6 +88,7 @@ class StridingScheduler(DecodeScheduler):
             grow_by(sequence, passes)
             sequence.tokens += before
             sequence.computed += passes
+            self._kv.prefixes.keep(sequence)
             charge(sequence, seconds, now, passes)
             finish = sequence.append(token)
             if finish is not None:

@@ -1,9 +1,10 @@
 """The KV of a device pool as the hand-off sees it: the same blocks in host memory.
 
 A prefill worker saves the blocks that a pass has finished, before their lease says that they are
-final; a decode worker loads the blocks that a pull has brought, before their sequence runs. Either
-way many blocks are gathered into one buffer on the device, cross the bus in one copy, and go beside
-the passes, on a stream of their own.
+final; what it has found of a prefix was saved when it was computed. A decode worker loads the
+blocks that a pull has brought, before their sequence runs. Either way many blocks are gathered into
+one buffer on the device, cross the bus in one copy, and go beside the passes, on a stream of their
+own.
 """
 
 from __future__ import annotations
@@ -249,8 +250,9 @@ Report = TypeVar("Report", covariant=True)
 class Pulls(Protocol[Ref, Report]):
     """What this needs of a Consumer."""
 
-    async def pull(self, ref: Ref, into: Items[int]) -> Report:
-        """Bring the blocks of `ref` into the blocks `into` of the host's memory."""
+    async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
+        """Bring the blocks of `ref` after the first `skip` into the blocks `into` of the host's
+        memory."""
         ...
 
 
@@ -261,9 +263,9 @@ class StagedConsumer(Generic[Ref, Report]):
     def __init__(self, consumer: Pulls[Ref, Report], staging: StagedBlocks) -> None:
         self._consumer, self._staging = consumer, staging
 
-    async def pull(self, ref: Ref, into: Items[int]) -> Report:
+    async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
         """As the consumer does; the KV is on the device when this returns."""
-        report = await self._consumer.pull(ref, into)
+        report = await self._consumer.pull(ref, into, skip)
         loading = asyncio.ensure_future(asyncio.to_thread(self._staging.load, into))
         try:
             await asyncio.shield(loading)

@@ -30,6 +30,7 @@ from engine.model.hf_attention import (
     attending,
 )
 from engine.model.model import Output
+from engine.model.rope import safe_context
 from engine.model.weights import Checkpoint
 
 
@@ -103,7 +104,7 @@ def load_fallback(
     hf_checks.check_config(config)
     model = _load(path, config, kind, dtype)
     nn.Module.to(model, device)
-    max_context = hf_checks.safe_context(config)
+    max_context = safe_context(config)
     with torch.inference_mode():
         try:
             prompts = hf_checks.prompts(config, max_context, device)

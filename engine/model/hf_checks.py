@@ -9,7 +9,6 @@ of attention (`probe`), and whether a prompt in awkward pieces gives transformer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,9 +31,6 @@ from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
 
 _LAYER_KINDS = frozenset({"full_attention", "sliding_attention"})
-# RoPE whose angles depend on how long the longest sequence of a pass is, once one outgrows the
-# length the model was trained with.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 # Largest norm of the logits' difference, relative to that of their deviation from their mean.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -106,16 +102,6 @@ def check_loading(config: ModelConfig, info: dict[str, Any], model: PreTrainedMo
             )
 
 
-def safe_context(config: ModelConfig) -> int:
-    """The longest context at which a sequence's angles do not depend on the rest of its pass."""
-    limit = config.max_context
-    for rope in _ropes(getattr(config.source, "rope_parameters", None) or {}):
-        if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-            trained = rope.get("original_max_position_embeddings")
-            limit = min(limit, trained or config.source.max_position_embeddings)
-    return limit
-
-
 def prompts(config: ModelConfig, max_context: int, device: torch.device | str) -> list[Tensor]:
     """Two prompts of random tokens, long enough to leave a short sliding window."""
     window = getattr(config.source, "sliding_window", None) or 0
@@ -184,12 +170,6 @@ def check_agreement(model: Paged, prompts: list[Tensor], expected: list[Tensor])
 def first_line(error: Exception) -> str:
     """Kind and first line of an error, for a message on one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """RoPE settings, which are nested where kinds of layer differ in them."""
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    yield from nested or [parameters]
 
 
 def _check_windows(config: ModelConfig, windows: list[int | None]) -> None:

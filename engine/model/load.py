@@ -20,6 +20,7 @@ from engine.model.memory import Memory, OwnMemory
 from engine.model.model import PagedModel
 from engine.model.options import ModelOptions
 from engine.model.pool import KvGeometry, KvPool
+from engine.model.rope import safe_context
 from engine.model.runner import Threads, TorchExecutor
 from engine.model.select import Built, build_model
 from engine.model.weights import fingerprint
@@ -212,6 +213,17 @@ def executor_from(config: WorkerConfig, share: Share | None = None) -> TorchExec
     warm = time.perf_counter()
     _logger.info("loaded in %.1f s, warmed up in %.1f s", loaded - started, warm - loaded)
     return executor
+
+
+def reuses_prefixes(config: WorkerConfig, capacity: Capacity) -> bool:
+    """Whether a worker may reuse the KV of a prefix: it is configured to, and the model's KV of a
+    token depends on nothing that comes later."""
+    if config.prefix_cache and capacity.max_context > safe_context(
+        read_config(config.model or demo_model.path())
+    ):
+        _logger.warning("no prefix cache: KV of this model depends on the length of the prompt")
+        return False
+    return config.prefix_cache
 
 
 @contextmanager

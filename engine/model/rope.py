@@ -10,7 +10,8 @@ the same keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,26 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from baton.errors import ModelError
 from engine.attention.contract import Batch
+from engine.model.config import ModelConfig
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def safe_context(config: ModelConfig) -> int:
+    """The longest context at which a token's angles depend on its position alone: neither on how
+    long the prompt is nor on the rest of its pass."""
+    limit = config.max_context
+    for rope in _ropes(getattr(config.source, "rope_parameters", None) or {}):
+        if rope.get("rope_type") in _LENGTH_DEPENDENT:
+            trained = rope.get("original_max_position_embeddings")
+            limit = min(limit, trained or config.source.max_position_embeddings)
+    return limit
+
+
+def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """RoPE settings, which are nested where kinds of layer differ in them."""
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    yield from nested or [parameters]
 
 
 class Rope:

@@ -1,9 +1,9 @@
 """A run as it crossed a scheduler's boundary: every call into it, in order, as JSON lines.
 
 The first line is a `RunHeader`, each other one a `Record`. What a scheduler cannot see is not
-kept: of prompts and outputs only their lengths, of a sampled token only whether it is one that
-the request stops at. So a run that is replayed into a fresh scheduler (replay.py) meets the same
-decisions, and must give the same plans.
+kept: of prompts and outputs only their lengths and, where prefixes are reused, which of them begin
+alike; of a sampled token only whether it is one that the request stops at. So a run that is
+replayed into a fresh scheduler (replay.py) meets the same decisions, and must give the same plans.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any, Literal, get_args
 from baton.types import LengthEstimate, PriorOutput, Request, Sampling, Stopping
 from scheduling.cost import LinearCost
 from scheduling.plan import Capacity, Chunk, StepPlan, Swap
+from scheduling.simulator.block_numbers import BlockNumbers, numbered
 
-VERSION = 1
+VERSION = 2
 GOES_ON, STOPS = 0, 1
-"""The two token ids of a replay: one that means nothing, and one that every request stops at."""
+"""Token ids of a replay: one that means nothing, and one that every request stops at. Others are
+numbers of blocks (block_numbers.py) and mean as little."""
 
 SETTINGS = (
     "policy",
@@ -35,6 +37,7 @@ SETTINGS = (
     "swapping",
     "swap_reserve",
     "max_waiting",
+    "prefix_cache",
 )
 """The fields of a worker's configuration that a scheduler is built from, where it has them."""
 
@@ -55,7 +58,8 @@ class RunHeader:
 class RequestRecord:
     """A request without its tokens. `prompt` counts tokens; `prior` holds, for each sequence,
     how many tokens earlier attempts generated and whether they ended it; `estimate` is that of
-    LengthEstimate. `id` is unique in a run, and orders requests that are equal otherwise."""
+    LengthEstimate. `id` is unique in a run, and orders requests that are equal otherwise.
+    `blocks` and `prior_blocks` are those of BlockNumbers; none if no prefixes are reused."""
 
     id: str
     prompt: int
@@ -69,10 +73,14 @@ class RequestRecord:
     prior: tuple[tuple[int, bool], ...] = ()
     estimate: tuple[int, int] | None = None
     tenant: str = ""
+    prompt_logprobs: bool = False
+    bypass_cache: bool = False
+    blocks: tuple[int, ...] = ()
+    prior_blocks: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
-    def of(cls, request: Request) -> RequestRecord:
-        """What a scheduler may know of `request`."""
+    def of(cls, request: Request, numbers: BlockNumbers | None = None) -> RequestRecord:
+        """What a scheduler may know of `request`. `numbers` where it reuses prefixes."""
         estimate = request.estimate
         return cls(
             id=request.id,
@@ -87,13 +95,18 @@ class RequestRecord:
             prior=tuple((len(p.token_ids), p.finished) for p in request.prior_outputs),
             estimate=None if estimate is None else (estimate.tokens, estimate.allotment),
             tenant=request.tenant,
+            prompt_logprobs=request.prompt_logprobs is not None,
+            bypass_cache=request.bypass_cache,
+            blocks=numbers.of_prompt(request) if numbers else (),
+            prior_blocks=numbers.of_priors(request) if numbers else (),
         )
 
-    def request(self) -> Request:
-        """A request that a scheduler treats alike, whose tokens are GOES_ON and STOPS."""
+    def request(self, block_size: int) -> Request:
+        """A request that a scheduler treats alike, whose tokens mean nothing."""
+        blocks = self.prior_blocks or ((),) * len(self.prior)
         return Request(
             id=self.id,
-            prompt_ids=(GOES_ON,) * self.prompt,
+            prompt_ids=numbered(self.prompt, self.blocks, block_size),
             sampling=Sampling(n=self.n),
             stopping=Stopping(self.max_tokens, eos_token_ids=frozenset({STOPS})),
             priority=self.priority,
@@ -101,9 +114,14 @@ class RequestRecord:
             arrived_at=self.arrived_at,
             waited=self.waited,
             deadline=self.deadline,
-            prior_outputs=tuple(PriorOutput((GOES_ON,) * n, ended) for n, ended in self.prior),
+            prior_outputs=tuple(
+                PriorOutput(numbered(count, numbers, block_size, start=self.prompt), ended)
+                for (count, ended), numbers in zip(self.prior, blocks, strict=True)
+            ),
             estimate=None if self.estimate is None else LengthEstimate(*self.estimate),
             tenant=self.tenant,
+            prompt_logprobs=0 if self.prompt_logprobs else None,
+            bypass_cache=self.bypass_cache,
         )
 
 
@@ -134,7 +152,7 @@ class Arrived:
 
     now: float
     request_id: str
-    first_token: int  # GOES_ON or STOPS
+    first_token: int  # as in Apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +161,7 @@ class Lost:
 
     now: float
     request_id: str
-    first_token: int  # GOES_ON or STOPS
+    first_token: int  # as in Apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +218,8 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Apply:
     """`apply(plan, result, now)` of the last plan. `sampled` has one entry per chunk: GOES_ON,
-    STOPS, or None where the chunk did not sample; `seconds` and `swapped` are the result's."""
+    STOPS, the number of the block that the token fills, or None where the chunk did not sample;
+    `seconds` and `swapped` are the result's."""
 
     now: float
     seconds: float

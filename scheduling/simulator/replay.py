@@ -15,10 +15,11 @@ from baton.errors import AlreadyExists, InvalidRequest, Overloaded
 from scheduling.cost import CostTracker
 from scheduling.decode import DecodeScheduler
 from scheduling.order import policy_from
-from scheduling.plan import Sampled, StepPlan, StepResult
+from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
 from scheduling.prefill import PrefillScheduler
 from scheduling.rules import Rules
 from scheduling.sequence import Sequence
+from scheduling.simulator.block_numbers import replayed_keys
 from scheduling.simulator.record import (
     Abort,
     AbortSequence,
@@ -77,16 +78,22 @@ def _scheduler(header: RunHeader) -> _Calls:
     config = DecodeConfig.model_construct(**header.settings)
     cost = CostTracker(header.cost)
     policy = policy_from(config, cost)
-    waiting = int(config.max_waiting)
+    waiting, capacity = int(config.max_waiting), header.capacity
+    block_keys = replayed_keys if config.prefix_cache else None
     if header.role == "prefill":
-        return _PrefillCalls(
-            PrefillScheduler(header.capacity, policy, max_waiting=waiting, cost=cost)
+        prefill = PrefillScheduler(
+            capacity, policy, max_waiting=waiting, cost=cost, block_keys=block_keys
         )
-    return _DecodeCalls(
-        DecodeScheduler(
-            header.capacity, policy, max_waiting=waiting, rules=Rules.of(config), cost=cost
-        )
+        return _PrefillCalls(prefill, capacity)
+    decode = DecodeScheduler(
+        capacity,
+        policy,
+        max_waiting=waiting,
+        rules=Rules.of(config),
+        cost=cost,
+        block_keys=block_keys,
     )
+    return _DecodeCalls(decode, capacity)
 
 
 _Different = tuple[str, str] | None
@@ -96,15 +103,17 @@ _Different = tuple[str, str] | None
 class _Calls:
     """Makes the calls that every scheduler has."""
 
-    def __init__(self, scheduler: DecodeScheduler | PrefillScheduler) -> None:
+    def __init__(self, scheduler: DecodeScheduler | PrefillScheduler, capacity: Capacity) -> None:
         self._scheduler = scheduler
+        self._block_size = capacity.block_size
         self._plans: deque[StepPlan] = deque()  # those that run, oldest first
 
     def call(self, record: Record) -> _Different:
         """Make one call, and compare."""
         match record:
             case Submit(now, request, refused):
-                return _refusal(refused, lambda: self._scheduler.submit(request.request(), now))
+                submitted = request.request(self._block_size)
+                return _refusal(refused, lambda: self._scheduler.submit(submitted, now))
             case Abort(now, request_id):
                 self._scheduler.abort(request_id, now)
             case Plan():
@@ -131,8 +140,8 @@ class _Calls:
 
 
 class _PrefillCalls(_Calls):
-    def __init__(self, scheduler: PrefillScheduler) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: PrefillScheduler, capacity: Capacity) -> None:
+        super().__init__(scheduler, capacity)
         self._prefill = scheduler
 
     def call(self, record: Record) -> _Different:
@@ -143,8 +152,8 @@ class _PrefillCalls(_Calls):
 
 
 class _DecodeCalls(_Calls):
-    def __init__(self, scheduler: DecodeScheduler) -> None:
-        super().__init__(scheduler)
+    def __init__(self, scheduler: DecodeScheduler, capacity: Capacity) -> None:
+        super().__init__(scheduler, capacity)
         self._decode = scheduler
         self._reserved: dict[str, Sequence] = {}
 
@@ -165,7 +174,7 @@ class _DecodeCalls(_Calls):
         return None
 
     def _reserve(self, record: Reserve) -> None:
-        sequence = self._decode.reserve(record.request.request(), record.now)
+        sequence = self._decode.reserve(record.request.request(self._block_size), record.now)
         self._reserved[record.request.id] = sequence
 
 

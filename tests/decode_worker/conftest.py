@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from baton import wire
 from baton.internal.v1 import worker_pb2
+from baton.prefix import block_keys
 from baton.types import Claim, FinishReason, KvRef, Request, Sampling, Stopping
 from decode_worker.link import Link
 from decode_worker.metrics import DecodeMetrics
@@ -98,8 +99,10 @@ class Pair:
         )
         self.network.attach(self.producer, prefilling.store)
         self.schedulers = (
-            PrefillScheduler(capacity, make_policy("fcfs"), max_waiting=64),
-            DecodeScheduler(capacity, make_policy(policy), max_waiting=64, rules=rules),
+            PrefillScheduler(capacity, make_policy("fcfs"), max_waiting=64, block_keys=block_keys),
+            DecodeScheduler(
+                capacity, make_policy(policy), max_waiting=64, rules=rules, block_keys=block_keys
+            ),
         )
         self.prefill = PrefillWorker(
             prefilling, self.schedulers[0], self.producer, EngineMetrics("prefill", registry)

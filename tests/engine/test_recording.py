@@ -13,6 +13,7 @@ import pytest
 
 from baton.config import DecodeConfig, PrefillConfig
 from baton.errors import BatonError, ConfigError
+from baton.prefix import block_keys
 from baton.types import LengthEstimate, PriorOutput, Request, Sampling, Stopping
 from engine.recording import (
     RecordedDecodeScheduler,
@@ -45,12 +46,11 @@ def scheduler_for(config: Any, recorder: RunRecorder, capacity: Capacity = CAPAC
     """The scheduler of a worker that records."""
     cost = CostTracker()
     policy, most = policy_from(config, cost), config.max_waiting
+    options: dict[str, Any] = {"max_waiting": most, "cost": cost}
+    options["block_keys"] = block_keys if config.prefix_cache else None
     if isinstance(config, PrefillConfig):
-        return RecordedPrefillScheduler(capacity, policy, recorder, max_waiting=most, cost=cost)
-    rules = Rules.of(config)
-    return RecordedDecodeScheduler(
-        capacity, policy, recorder, max_waiting=most, rules=rules, cost=cost
-    )
+        return RecordedPrefillScheduler(capacity, policy, recorder, **options)
+    return RecordedDecodeScheduler(capacity, policy, recorder, rules=Rules.of(config), **options)
 
 
 class Traffic:

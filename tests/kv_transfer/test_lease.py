@@ -121,9 +121,18 @@ def test_only_final_positions_can_be_read(table, first, count):
 def test_leases_beyond_the_cap_are_refused_and_change_nothing(table):
     table.grant(range(8), 0.0)
     with pytest.raises(Overloaded):
-        table.grant(range(3), 0.0)
+        table.grant(range(8, 11), 0.0)
     assert table.held_blocks == 8
-    table.grant(range(2), 0.0)
+    table.grant(range(8, 10), 0.0)
+
+
+def test_a_block_in_several_leases_counts_once_until_the_last_of_them_is_freed(table):
+    first, second = (table.grant([0, 1, 2, 3, last], 0.0) for last in (4, 5))
+    assert table.held_blocks == 6
+    table.revoke(first.id, 1.0)
+    assert table.held_blocks == 5
+    table.revoke(second.id, 1.0)
+    assert table.held_blocks == 0
 
 
 def test_ids_are_random_and_never_drawn_twice():
@@ -164,11 +173,16 @@ class LeaseMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject) -> Lease:
         return self.leases[data.draw(st.sampled_from(sorted(self.leases)))]
 
-    @rule(count=st.integers(1, 6))
-    def grant(self, count: int) -> None:
-        room = self.table.held_blocks + count <= 12
+    def held(self) -> set[int]:
+        leases = (lease for lease in self.leases.values() if lease.id not in self.freed)
+        return {block for lease in leases for block in lease.blocks}
+
+    @rule(first=st.integers(0, 12), count=st.integers(1, 6))
+    def grant(self, first: int, count: int) -> None:
+        blocks = range(first, first + count)
+        room = len(self.held().union(blocks)) <= 12
         try:
-            lease = self.table.grant(range(count), self.now)
+            lease = self.table.grant(blocks, self.now)
         except Overloaded:
             assert not room
         else:
@@ -256,8 +270,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.freed += self.table.take_freed()
         assert len(self.freed) == len(set(self.freed))
         assert not set(self.freed) & set(self.reading)
-        held = sum(len(x.blocks) for x in self.leases.values() if x.id not in self.freed)
-        assert held == self.table.held_blocks
+        assert len(self.held()) == self.table.held_blocks
 
     def teardown(self) -> None:
         for lease_id in self.reading:

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from baton.errors import EngineFailed, InvalidRequest, Overloaded, Unavailable
+from baton.prefix import block_keys
 from baton.types import Claim, FinishReason, KvRef, Request, Sampling, Stopping
 from engine.metrics import EngineMetrics
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
@@ -45,7 +46,9 @@ class Rig:
 
     def __init__(self, leasable: int | None = None, policy: str = "fcfs") -> None:
         self.executor = Executor(CAPACITY, LinearCost(0.001, 0, 0), TOKEN_OF)
-        self.scheduler = PrefillScheduler(CAPACITY, make_policy(policy), max_waiting=4)
+        self.scheduler = PrefillScheduler(
+            CAPACITY, make_policy(policy), max_waiting=4, block_keys=block_keys
+        )
         self.producer = LeaseProducer(
             self.executor.store,
             LAYOUT,
@@ -155,6 +158,35 @@ async def test_too_many_leased_blocks_is_overload_not_failure() -> None:
         rig.producer.revoke(ref.lease_id)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+async def test_blocks_without_a_lease_are_nobody_elses_while_the_prefill_goes_on(
+    rig: Rig, ends: bool
+) -> None:
+    execute, computing = rig.executor.execute, threading.Semaphore(1)
+
+    def one_by_one(plan: StepPlan) -> StepResult:
+        assert computing.acquire(timeout=10)
+        return execute(plan)
+
+    rig.executor.execute = one_by_one  # type: ignore[method-assign]
+    one = request(48)
+    call = rig.worker.prefill(one, Claim(1))
+    rig.calls.append(call)
+    ref = await anext(call)
+    assert isinstance(ref, KvRef)
+    rig.producer.release(ref.lease_id, committed=False)  # the consumer has given up
+    await asyncio.sleep(0.05)
+    assert rig.worker.load().free_blocks == CAPACITY.blocks - 12
+    computing.release(9)
+    if ends:
+        done = await anext(call)
+        assert isinstance(done, Prefilled)
+        assert list(done.output.token_ids) == expected_tokens(one, 0, TOKEN_OF)[:1]
+    else:
+        await call.aclose()
+    await rig.all_free()
+
+
 async def test_a_stale_claim_ends_the_prefill(rig: Rig) -> None:
     call = rig.worker.prefill(request(100), Claim(7))
     assert isinstance(await anext(call), KvRef)
@@ -189,12 +221,16 @@ async def test_a_better_level_goes_between_the_chunks_of_a_long_prompt() -> None
         rig.executor.execute = watch  # type: ignore[method-assign]
         long = asyncio.create_task(rig.run(replace(request(80), id="long", level=2)))
         await asyncio.to_thread(short.wait, 10)
-        better = asyncio.create_task(rig.run(replace(request(32), id="better", level=0)))
+        other = tuple(range(32, 0, -1))  # it begins as nothing that is known
+        better = asyncio.create_task(
+            rig.run(replace(request(32), id="better", level=0, prompt_ids=other))
+        )
         await asyncio.sleep(0)  # it is in the scheduler now, while a pass runs
         submitted.set()
         (ref, done), (first_ref, first) = await asyncio.gather(long, better)
         assert order == ["long"] * 2 + ["better"] * 2 + ["long"] * 3
         for one, (lease, prefilled) in (("long", (ref, done)), ("better", (first_ref, first))):
-            expected = expected_tokens(request(80 if one == "long" else 32), 0, TOKEN_OF)[:1]
+            whole = replace(request(80), prompt_ids=other) if one == "better" else request(80)
+            expected = expected_tokens(whole, 0, TOKEN_OF)[:1]
             assert list(prefilled.output.token_ids) == expected
             rig.producer.revoke(lease.lease_id)

@@ -1,8 +1,9 @@
 """Whatever happens in whatever order, the decode scheduler keeps its promises.
 
 A state machine submits, reserves, delivers, loses, aborts and breaks passes at random, also while
-a pass runs. Tokens come from the KV itself (engine/simulated.py), so a block that is shared
-wrongly, reused too early or written twice shows as a wrong token.
+a pass runs. Many prompts begin alike, with a prefix cache and without. Tokens come from the KV
+itself (engine/simulated.py), so a block that is shared wrongly, reused too early or written twice
+shows as a wrong token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hypothesis.stateful import (
 )
 
 from baton.errors import Overloaded
+from baton.prefix import block_keys
 from baton.types import LengthEstimate, Output, Request, Sampling, Stopping
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
 from scheduling.decode import DecodeScheduler
@@ -105,10 +107,13 @@ class DecodeMachine(RuleBasedStateMachine):
         policy=policies(),
         rules=rules(),
         swap_seconds=st.sampled_from([0.0, 0.0004, 0.003]),
+        keys=st.sampled_from([block_keys, block_keys, None]),
     )
-    def begin(self, capacity: Capacity, policy, rules: Rules, swap_seconds: float) -> None:
+    def begin(self, capacity: Capacity, policy, rules: Rules, swap_seconds: float, keys) -> None:
         self.capacity, self.rules_ = capacity, rules
-        self.scheduler = DecodeScheduler(capacity, policy, max_waiting=20, rules=rules)
+        self.scheduler = DecodeScheduler(
+            capacity, policy, max_waiting=20, rules=rules, block_keys=keys
+        )
         self.executor = CostModelExecutor(
             capacity, token_of=TOKEN_OF, swap_seconds_per_block=swap_seconds
         )
@@ -126,9 +131,10 @@ class DecodeMachine(RuleBasedStateMachine):
         prompt = data.draw(st.integers(1, self.capacity.max_context - 1), label="prompt")
         most = data.draw(st.integers(1, self.capacity.max_context - prompt), label="most")
         self.count += 1
+        first = data.draw(st.sampled_from([0, 0, 1, self.count]), label="first token")
         return Request(
             id=f"r{self.count}",
-            prompt_ids=tuple((self.count + i) % 50 for i in range(prompt)),
+            prompt_ids=tuple((first + i) % 50 for i in range(prompt)),
             sampling=Sampling(n=data.draw(st.sampled_from([1, 1, 2, 3])), seed=self.count),
             stopping=Stopping(most),
             priority=data.draw(st.sampled_from([0, 0, 1])),
@@ -137,6 +143,8 @@ class DecodeMachine(RuleBasedStateMachine):
                 st.none() | st.integers(1, 40).map(lambda n: LengthEstimate(n, n + n // 4)),
                 label="estimate",
             ),
+            prompt_logprobs=data.draw(st.sampled_from([None] * 5 + [0])),
+            bypass_cache=data.draw(st.sampled_from([False] * 5 + [True])),
         )
 
     @rule(data=st.data())
@@ -164,9 +172,9 @@ class DecodeMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.incoming) - 1))
         sequence = self.incoming.pop(index)
         request, size = sequence.request, self.capacity.block_size
-        for position, token in enumerate(sequence.tokens):  # the transfer, late writes included
+        for position in range(sequence.cached, len(sequence.tokens)):  # late writes included
             block = self.executor.store.block(sequence.blocks[position // size]).cast("i")
-            block[position % size] = token
+            block[position % size] = sequence.tokens[position]
         first = expected_tokens(request, 0, TOKEN_OF)[0]
         if request.id in self.requests:
             self.outputs[request, 0] = [first]

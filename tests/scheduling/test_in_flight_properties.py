@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
+from baton.prefix import block_keys
 from scheduling.plan import Capacity, StepPlan
 from scheduling.rules import Rules
 from scheduling.sequence import Phase
@@ -54,12 +55,14 @@ class PipelineMachine(DecodeMachine):
         policy=policies(),
         rules=rules(),
         swap_seconds=st.sampled_from([0.0, 0.0004, 0.003]),
+        keys=st.sampled_from([block_keys, block_keys, None]),
         depth=st.sampled_from([1, 2, 2, 3, 4]),
     )
     def begin(
-        self, capacity: Capacity, policy, rules: Rules, swap_seconds: float, depth: int
+        self, capacity: Capacity, policy, rules: Rules, swap_seconds: float, keys, depth: int
     ) -> None:
-        super().begin(dataclasses.replace(capacity, depth=depth), policy, rules, swap_seconds)
+        capacity = dataclasses.replace(capacity, depth=depth)
+        super().begin(capacity, policy, rules, swap_seconds, keys)
         self.flights: deque[Flight] = deque()
 
     @precondition(lambda self: len(self.flights) < self.capacity.depth)

@@ -94,7 +94,7 @@ def test_a_sequence_goes_on_from_what_another_worker_saved(small: Any, on_gpu: M
     class Pulls:
         """A hand-off without a network."""
 
-        async def pull(self, ref: Any, into: Any) -> str:
+        async def pull(self, ref: Any, into: Any, skip: int = 0) -> str:
             for block, at in zip(ref.blocks, into, strict=True):
                 target.block(at)[:] = source.block(block)
             return "pulled"
@@ -119,7 +119,7 @@ async def test_a_cancelled_pull_ends_when_nothing_is_written_any_more(pool: KvPo
     class Pulls:
         """Brings nothing."""
 
-        async def pull(self, ref: Any, into: Any) -> None:
+        async def pull(self, ref: Any, into: Any, skip: int = 0) -> None:
             return None
 
     pulling = asyncio.create_task(StagedConsumer(Pulls(), staging).pull(None, [1]))

@@ -89,7 +89,7 @@ def test_what_is_no_header_is_refused(line: str) -> None:
 
 def test_a_request_comes_back_with_all_that_a_scheduler_sees_and_no_token() -> None:
     kept = RequestRecord.of(REQUEST)
-    back = kept.request()
+    back = kept.request(4)
     assert RequestRecord.of(back) == kept
     assert set(back.prompt_ids) == {GOES_ON}
     before, after = Sequence.start(REQUEST, 1, 3.0), Sequence.start(back, 1, 3.0)
@@ -105,7 +105,7 @@ def test_a_token_is_kept_as_what_it_means(generated: int, token: int, kind: int)
     assert record.token_of(REQUEST, generated, token) == kind
     # ... and means the same to a sequence, of the request itself and of its record.
     sequence = Sequence.start(REQUEST, 1, 0.0)
-    replayed = Sequence.start(RequestRecord.of(REQUEST).request(), 1, 0.0)
+    replayed = Sequence.start(RequestRecord.of(REQUEST).request(4), 1, 0.0)
     for _ in range(generated - sequence.generated - 1):
         sequence.append(100)
         replayed.append(GOES_ON)

@@ -13,6 +13,7 @@ import pytest
 
 import demo_model
 from baton.config import DecodeConfig
+from baton.prefix import block_keys
 from baton.types import LengthEstimate, Request, Sampling, Stopping
 from engine.executor import Executor
 from engine.model.load import load_executor
@@ -44,6 +45,7 @@ def _record(
         max_waiting=config.max_waiting,
         rules=Rules.of(config),
         cost=cost,
+        block_keys=block_keys,
     )
     with contextlib.closing(recorder):
         _serve(scheduler, executor, requests, clock)
