@@ -270,7 +270,7 @@ class DecodeConfig(WorkerConfig):
     swap_reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.05, description="share of the KV blocks that proactive swapping keeps free for bursts"
     )
-    kv_transports: str = Field("shm,tcp", description="KV transports to try, best first")
+    kv_transports: str = Field("cuda_ipc,shm,tcp", description="KV transports to try, best first")
     kv_timeout: Seconds = Field(20.0, description="longest silence during a KV pull")
     reserve_timeout: Seconds = Field(
         60.0, description="longest time that reserved KV blocks wait for their prefill"

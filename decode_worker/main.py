@@ -17,12 +17,13 @@ from baton.shared_cores import Place, SharedCores
 from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
-from engine.host_blocks import filling, to_fill
+from engine.host_blocks import filling, on_device, to_fill
 from engine.model.load import executor_from, reuses_prefixes
 from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
+from kv_transfer.device import TargetPool
 from queueing import membership
 from queueing.contract import Role
 from queueing.membership import Membership
@@ -55,8 +56,8 @@ class DecodeServer:
         reuse = reuses_prefixes(config, capacity)
         config = config.model_copy(update={"prefix_cache": reuse})
         cost = CostTracker()
-        self._dialer = _dialer(config, layout)
         store = to_fill(executor)
+        self._dialer = _dialer(config, layout, on_device(store))
         self._consumer = PullConsumer(store, layout, self._dialer, timeout=config.kv_timeout)
         self._executor = executor
         self._recorder = recorder_from(config, "decode", capacity, cost.model)
@@ -130,7 +131,7 @@ def _scheduler(
     )
 
 
-def _dialer(config: DecodeConfig, layout: KvLayout) -> GrpcDialer:
+def _dialer(config: DecodeConfig, layout: KvLayout, device: TargetPool | None) -> GrpcDialer:
     transports = [name.strip() for name in config.kv_transports.split(",") if name.strip()]
     try:
         return GrpcDialer(
@@ -138,6 +139,7 @@ def _dialer(config: DecodeConfig, layout: KvLayout) -> GrpcDialer:
             transports=transports,
             stall=config.kv_timeout,
             open_channel=rpc.channel,
+            device=device,
         )
     except ValueError as error:
         raise ConfigError(f"--kv-transports {config.kv_transports}: {error}") from error

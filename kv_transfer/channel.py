@@ -2,9 +2,9 @@
 
     consumer                              producer
        │ ── Connect(layout, host) ──────────▶ │   once per pair of engines, and per data connection
-       │ ── Follow(lease) ──────────────────▶ │
+       │ ── Follow(lease, digests) ─────────▶ │
        │ ◀── blocks 0..3, digests ──────────  │   while prefill goes on
-       │ ══ bytes over shm or tcp ══════════  │
+       │ ══ bytes by cuda_ipc, shm or tcp ══  │
        │ ── Renew(leases) ──────────────────▶ │   every ttl/6
        │ ◀── blocks 4..7, digests, sealed ──  │
        │ ── Release(lease, committed) ──────▶ │
@@ -27,14 +27,23 @@ import grpc.aio
 
 from baton.errors import KvTransferError
 from baton.internal.v1 import kv_pb2, kv_pb2_grpc
-from kv_transfer import shm
+from kv_transfer import local
+from kv_transfer.device import TRANSPORT as DEVICE_TRANSPORT
+from kv_transfer.device import DeviceReader, TargetPool
+from kv_transfer.digest import DigestKind
 from kv_transfer.producer import PROTOCOL_VERSION, FinalBlocks, LeaseProducer
+from kv_transfer.shm import ShmReader
 from kv_transfer.tcp import TcpReader
 from kv_transfer.transport import DataEndpoint, PeerLost, Reader, Run
 
 log = logging.getLogger(__name__)
 
+TRANSPORTS = (DEVICE_TRANSPORT, "shm", "tcp")  # best first
 _MAX_LEASES_PER_RENEWAL = 4096
+_KINDS = {
+    DigestKind.XXH3: kv_pb2.DIGEST_KIND_XXH3,
+    DigestKind.DEVICE: kv_pb2.DIGEST_KIND_DEVICE,
+}
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
@@ -75,12 +84,14 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         """Final blocks as they become so."""
         await self._check_engine(request.engine_id, context)
         try:
-            async for final in self._producer.follow(request.lease_id):
+            kind = _kind(request.digest_kind)
+            async for final in self._producer.follow(request.lease_id, kind):
                 yield kv_pb2.FollowResponse(
                     first=final.first,
                     blocks=final.blocks,
                     digests=final.digests,
                     sealed=final.sealed,
+                    digest_kind=_KINDS[kind],
                 )
         except KvTransferError as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
@@ -130,26 +141,30 @@ class GrpcDialer:
     `transports` that the producer offers and that works.
 
     `stall` is the longest time in seconds that a call or a data connection may make no progress.
+    `device`: the consumer's pool, if it is on a device that others of the host can copy to; without
+    it cuda_ipc is passed over.
     """
 
     def __init__(
         self,
         layout_digest: str,
         *,
-        transports: Sequence[str] = ("shm", "tcp"),
+        transports: Sequence[str] = TRANSPORTS,
         stall: float = 10.0,
         open_channel: OpenChannel = insecure,
         host_id: str | None = None,
         copy_threads: int = 4,
+        device: TargetPool | None = None,
     ) -> None:
-        unknown = set(transports) - {"shm", "tcp"}
+        unknown = set(transports) - set(TRANSPORTS)
         if unknown or not transports:
             raise ValueError(f"unknown KV transports: {sorted(unknown)}")
         self._layout_digest = layout_digest
         self._transports = tuple(transports)
         self._stall = stall
         self._open_channel = open_channel
-        self._host_id = shm.host_id() if host_id is None else host_id
+        self._host_id = local.host_id() if host_id is None else host_id
+        self._device = device
         self._threads = ThreadPoolExecutor(copy_threads, "kv-pull")
 
     async def dial(self, control_address: str) -> GrpcPeer:
@@ -182,7 +197,7 @@ class GrpcDialer:
     ) -> Reader:
         offered = {endpoint.transport: endpoint for endpoint in engine.endpoints}
         for name in self._transports:
-            if name not in offered:
+            if name not in offered or (name == DEVICE_TRANSPORT and self._device is None):
                 continue
             if name == "tcp":
                 return TcpReader(
@@ -192,18 +207,32 @@ class GrpcDialer:
                     threads=self._threads,
                 )
             try:
-                return await shm.ShmReader.open(
-                    offered[name].address,
-                    offered[name].token,
-                    blocks=engine.pool_blocks,
-                    block_bytes=engine.block_bytes,
-                    threads=self._threads,
-                )
+                return await self._local_reader(offered[name], engine)
             except KvTransferError as error:
                 log.warning("producer %s: %s; trying the next transport", engine.engine_id, error)
         raise KvTransferError(
             f"no common KV transport: {', '.join(self._transports)} wanted, "
             f"{', '.join(offered) or 'none'} offered"
+        )
+
+    async def _local_reader(
+        self, endpoint: kv_pb2.Endpoint, engine: kv_pb2.ConnectResponse
+    ) -> Reader:
+        """By way of the host's memory, or a device's. Raises KvTransferError."""
+        if endpoint.transport == DEVICE_TRANSPORT and self._device is not None:
+            return await DeviceReader.open(
+                endpoint.address,
+                endpoint.token,
+                blocks=engine.pool_blocks,
+                device=self._device,
+                threads=self._threads,
+            )
+        return await ShmReader.open(
+            endpoint.address,
+            endpoint.token,
+            blocks=engine.pool_blocks,
+            block_bytes=engine.block_bytes,
+            threads=self._threads,
         )
 
     async def _tcp_endpoint(
@@ -240,12 +269,17 @@ class GrpcPeer:
 
     async def follow(self, lease_id: bytes) -> AsyncGenerator[FinalBlocks, None]:
         """News of a lease until its seal."""
-        request = kv_pb2.FollowRequest(lease_id=lease_id, engine_id=self.engine_id)
+        kind = self._reader.digest_kind
+        request = kv_pb2.FollowRequest(
+            lease_id=lease_id, engine_id=self.engine_id, digest_kind=_KINDS[kind]
+        )
         call = self._stub.Follow(request)
         try:
             async for message in call:
                 if len(message.blocks) != len(message.digests):
                     raise PeerLost("the producer sent blocks without digests")
+                if _kind(message.digest_kind) is not kind:
+                    raise PeerLost("the producer sent digests of another kind")
                 yield FinalBlocks(
                     message.first, tuple(message.blocks), tuple(message.digests), message.sealed
                 )
@@ -289,3 +323,11 @@ class GrpcPeer:
 def _translated(error: grpc.aio.AioRpcError) -> KvTransferError:
     kind = PeerLost if error.code() in _LOST else KvTransferError
     return kind(f"producer: {error.details() or error.code().name}")
+
+
+def _kind(told: int) -> DigestKind:
+    """Raises KvTransferError for a kind that is not known here."""
+    for kind, number in _KINDS.items():
+        if told in (number, kv_pb2.DIGEST_KIND_UNSPECIFIED):
+            return kind
+    raise KvTransferError(f"digests of kind {told} are not known here")

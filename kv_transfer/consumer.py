@@ -119,7 +119,7 @@ class PullConsumer:
             first = final.first + start
             wanted = into[first - skip : first - skip + len(sources)]
             targets = [block_array(self._store, i) for i in wanted]
-            run = Run(ref.lease_id, first, sources, targets, digests)
+            run = Run(ref.lease_id, first, sources, targets, digests, wanted)
             async with self._places:
                 await in_time(peer.read(run), self._timeout, "reading blocks")
             if run.landed != len(sources):

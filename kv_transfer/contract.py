@@ -79,6 +79,12 @@ class PullReport:
     bytes: int
     seconds: float
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the blocks went straight into the consumer's device pool (device.py), and not
+        into its BlockStore."""
+        return self.transport == "cuda_ipc"
+
 
 OnFreed = Callable[[bytes], None]
 """Called once per lease id, on the event loop, when its blocks may be reused: the lease ended

@@ -6,7 +6,16 @@ authenticated by the control channel.
 
 from __future__ import annotations
 
+from enum import Enum
+
 import xxhash
+
+
+class DigestKind(Enum):
+    """What digests are taken of, and how: two kinds are never compared."""
+
+    XXH3 = 1  # `block_digest` of bytes in host memory
+    DEVICE = 2  # of bytes on a device; see device.SourcePool.digests
 
 
 def block_digest(block: memoryview, position: int) -> int:

@@ -57,7 +57,7 @@ class Lease:
     granted_at: float
     expires_at: float
     state: LeaseState = LeaseState.FILLING
-    digests: list[int] = field(default_factory=list)  # of the blocks that are final
+    digests: list[int] = field(default_factory=list)  # of the blocks that are final, in one kind
     readers: int = 0
     ended_at: float = 0.0
     valid: bool = False  # released as committed, live and sealed
@@ -195,13 +195,13 @@ class LeaseTable:
             raise KvTransferError(f"blocks {first}+{count} of the lease are not final")
         return self._read(lease, first, count)
 
-    def begin_digest(self, lease_id: bytes, ready: int, now: float) -> Sequence[int]:
-        """Count a reader of the positions up to `ready` that are not final yet, as `begin_read`;
-        none when the lease is gone. Pair with `end_read` unless it is empty."""
+    def begin_digest(self, lease_id: bytes, first: int, ready: int, now: float) -> Sequence[int]:
+        """Count a reader of the positions [first, ready), final or not, as `begin_read`; none when
+        the lease is gone. Pair with `end_read` unless it is empty."""
         lease = self._live(lease_id, now)
-        if lease is None or ready <= len(lease.digests):
+        if lease is None or ready <= first:
             return ()
-        return self._read(lease, len(lease.digests), ready - len(lease.digests))
+        return self._read(lease, first, ready - first)
 
     def end_read(self, lease_id: bytes) -> None:
         """The reader reads no more."""

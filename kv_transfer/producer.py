@@ -1,6 +1,9 @@
 """The producer: leases over the pool's blocks, their digests, a timer, and the data servers.
 
-Everything runs on the event loop except digests of many bytes and what the data servers send.
+Everything runs on the event loop except digests of many bytes and what the data servers send. A
+pool on a device is digested there. Its blocks are brought to host memory, and digested there, too,
+for a lease that somebody follows who copies from there, and for no other.
+
 Control calls arrive here from channel.py (gRPC) or memory.py (same process); both see the same
 four verbs: connect, follow, renew, release.
 """
@@ -18,9 +21,12 @@ from dataclasses import dataclass, field
 from baton.errors import KvTransferError
 from baton.types import KvRef
 from kv_transfer.contract import BlockStore, KvLayout, OnFreed
-from kv_transfer.digest import block_digest
+from kv_transfer.device import TRANSPORT as DEVICE_TRANSPORT
+from kv_transfer.device import DeviceServer, SourcePool
+from kv_transfer.digest import DigestKind, block_digest
 from kv_transfer.lease import Lease, LeaseState, LeaseTable
-from kv_transfer.shm import SharedPool, ShmServer, host_id
+from kv_transfer.local import host_id
+from kv_transfer.shm import SharedPool, ShmServer
 from kv_transfer.tcp import TcpServer
 from kv_transfer.transport import INLINE_BYTES, DataEndpoint
 
@@ -51,12 +57,21 @@ class EngineDescription:
 
 
 @dataclass(slots=True)
-class _Filling:
-    """A live lease on its way to sealed."""
+class _Digests:
+    """Of a lease's blocks, as far as they are taken. A block with one can be read where its kind
+    says."""
 
+    taken: list[int]
+    busy: bool = False  # more are being taken
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A live lease that is being filled, or read."""
+
+    digests: dict[DigestKind, _Digests]  # those that somebody wants
     ready: int = 0  # blocks that prefill declared final
     seal: bool = False
-    digesting: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -66,6 +81,7 @@ class LeaseProducer:
     `control_address` is where consumers reach the KvService of this process. `shared` is the
     memory that `store` lies in, if it may be mapped by others. `data_address` (host:port) turns
     on TCP; one that means every interface is advertised under the control address's host.
+    `device` is the pool itself where that is not in host memory: `store` is its twin then.
     `max_leased_blocks` bounds what leases hold. `on_freed` is called on the event loop, never
     from inside a method of this class.
     """
@@ -78,6 +94,7 @@ class LeaseProducer:
         control_address: str,
         on_freed: OnFreed,
         shared: SharedPool | None = None,
+        device: SourcePool | None = None,
         data_address: str = "",
         time_to_live: float = 30.0,
         max_age: float = 600.0,
@@ -100,6 +117,9 @@ class LeaseProducer:
         self._filling: dict[bytes, _Filling] = {}
         self._threads = ThreadPoolExecutor(1, "kv-digest")
         self._digesting: set[asyncio.Future[list[int]]] = set()
+        self._pool = device
+        self._kind = DigestKind.XXH3 if device is None else DigestKind.DEVICE  # that makes final
+        self._device = DeviceServer(device, self.engine_id) if device is not None else None
         self._shm = ShmServer(shared, self.engine_id) if shared is not None else None
         self._tcp = self._tcp_server(data_address, stall) if data_address else None
         self._timer: asyncio.Task[None] | None = None
@@ -116,7 +136,7 @@ class LeaseProducer:
 
     async def start(self) -> None:
         """Open the data servers and start the timer."""
-        for server in (self._shm, self._tcp):
+        for server in (self._device, self._shm, self._tcp):
             if server is not None:
                 server.start()
         self._timer = asyncio.create_task(self._sweep_forever())
@@ -128,7 +148,7 @@ class LeaseProducer:
             await asyncio.gather(self._timer, return_exceptions=True)
         for lease_id in list(self._filling):
             self.revoke(lease_id)
-        for server in (self._shm, self._tcp):
+        for server in (self._device, self._shm, self._tcp):
             if server is not None:
                 await server.close()
         await asyncio.gather(*self._digesting, return_exceptions=True)
@@ -141,7 +161,7 @@ class LeaseProducer:
         if not blocks or not all(0 <= block < self._store.blocks for block in blocks):
             raise ValueError("a lease needs blocks of the pool")
         lease = self._table.grant(blocks, self._clock())
-        self._filling[lease.id] = _Filling()
+        self._filling[lease.id] = _Filling({self._kind: _Digests(lease.digests)})
         return KvRef(
             lease_id=lease.id,
             control_address=self.control_address,
@@ -185,17 +205,22 @@ class LeaseProducer:
         if layout_digest != self._layout.digest:
             raise KvTransferError("KV layouts differ")
         endpoints = []
-        if self._shm is not None and consumer_host == host_id():
-            endpoints.append(DataEndpoint("shm", self._shm.address, self._shm.issue_token()))
+        local = consumer_host == host_id()
+        for name, server in ((DEVICE_TRANSPORT, self._device), ("shm", self._shm)):
+            if server is not None and local:
+                endpoints.append(DataEndpoint(name, server.address, server.issue_token()))
         if self._tcp is not None:
             endpoints.append(DataEndpoint("tcp", self._tcp.address, self._tcp.issue_token()))
         return EngineDescription(
             self.engine_id, tuple(endpoints), self._store.block_bytes, self._store.blocks
         )
 
-    async def follow(self, lease_id: bytes) -> AsyncGenerator[FinalBlocks, None]:
-        """News until the seal, from the first block on. Following renews once. Raises
-        KvTransferError when the lease ends otherwise, or is unknown."""
+    async def follow(
+        self, lease_id: bytes, kind: DigestKind = DigestKind.XXH3
+    ) -> AsyncGenerator[FinalBlocks, None]:
+        """News until the seal, from the first block on, with digests of this kind. Following
+        renews once. Raises KvTransferError when the lease ends otherwise, or is unknown, or there
+        are no such digests here."""
         self._table.renew(lease_id, self._clock())
         told, sealed = 0, False
         while not sealed:
@@ -205,13 +230,16 @@ class LeaseProducer:
             if not lease.live:
                 raise KvTransferError(f"lease is {lease.state.name.lower()}")
             filling = self._filling[lease_id]
-            upto = min(len(lease.digests), told + _MAX_BLOCKS_PER_MESSAGE)
+            taken = self._wanted(lease, filling, kind).taken
+            if not lease.live:  # its time is up
+                continue
+            upto = min(len(taken), told + _MAX_BLOCKS_PER_MESSAGE)
             sealed = lease.state is LeaseState.SEALED and upto == len(lease.blocks)
             if told == upto and not sealed:
                 filling.changed.clear()
                 await filling.changed.wait()
                 continue
-            blocks, digests = lease.blocks[told:upto], tuple(lease.digests[told:upto])
+            blocks, digests = lease.blocks[told:upto], tuple(taken[told:upto])
             yield FinalBlocks(told, blocks, digests, sealed)
             told = upto
 
@@ -228,7 +256,12 @@ class LeaseProducer:
         return valid
 
     def begin_read(self, lease_id: bytes, first: int, count: int) -> Sequence[int]:
-        """The block numbers of final positions, counted as being read; see lease.LeaseTable."""
+        """The block numbers of positions that are final, and in host memory, counted as being
+        read; see lease.LeaseTable."""
+        filling = self._filling.get(lease_id)
+        here = filling.digests.get(DigestKind.XXH3) if filling else None
+        if filling and first + count > (len(here.taken) if here else 0):
+            raise KvTransferError(f"blocks {first}+{count} of the lease are not in host memory")
         try:
             return self._table.begin_read(lease_id, first, count, self._clock())
         finally:
@@ -241,27 +274,44 @@ class LeaseProducer:
 
     # Digests and the timer.
 
-    def _digest(self, lease: Lease, filling: _Filling) -> None:
-        """Digest what is ready and not final yet, here or in the thread, one piece at a time."""
-        if filling.digesting:
-            return
-        first = len(lease.digests)
-        blocks = self._table.begin_digest(lease.id, filling.ready, self._clock())
-        if not blocks:
-            self._finalized(lease, filling, [])
-        elif len(blocks) * self._store.block_bytes <= INLINE_BYTES:
-            digests = self._digests(blocks, first)
-            self._table.end_read(lease.id)
-            self._finalized(lease, filling, digests)
-        else:
-            filling.digesting = True
-            loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(self._threads, self._digests, blocks, first)
-            self._digesting.add(work)
-            work.add_done_callback(lambda done: self._digested(lease, filling, done))
+    def _wanted(self, lease: Lease, filling: _Filling, kind: DigestKind) -> _Digests:
+        """The digests of this kind; from now on they are taken."""
+        if kind not in filling.digests:
+            if self._pool is None:
+                raise KvTransferError("the blocks are not on a device")
+            filling.digests[kind] = _Digests([])
+            self._take(lease, filling, kind)
+        return filling.digests[kind]
 
-    def _digested(self, lease: Lease, filling: _Filling, work: asyncio.Future[list[int]]) -> None:
-        filling.digesting = False
+    def _digest(self, lease: Lease, filling: _Filling) -> None:
+        """Digest what is ready and has not been, in every kind that is wanted."""
+        for kind in filling.digests:
+            self._take(lease, filling, kind)
+
+    def _take(self, lease: Lease, filling: _Filling, kind: DigestKind) -> None:
+        """In one kind, here or in the thread, one piece at a time."""
+        digests = filling.digests[kind]
+        if digests.busy:
+            return
+        first = len(digests.taken)
+        blocks = self._table.begin_digest(lease.id, first, filling.ready, self._clock())
+        if not blocks:
+            self._taken(lease, filling, kind, [])
+        elif self._pool is None and len(blocks) * self._store.block_bytes <= INLINE_BYTES:
+            found = self._digests(kind, blocks, first)
+            self._table.end_read(lease.id)
+            self._taken(lease, filling, kind, found)
+        else:
+            digests.busy = True
+            loop = asyncio.get_running_loop()
+            work = loop.run_in_executor(self._threads, self._digests, kind, blocks, first)
+            self._digesting.add(work)
+            work.add_done_callback(lambda done: self._digested(lease, filling, kind, done))
+
+    def _digested(
+        self, lease: Lease, filling: _Filling, kind: DigestKind, work: asyncio.Future[list[int]]
+    ) -> None:
+        filling.digests[kind].busy = False
         self._digesting.discard(work)
         self._table.end_read(lease.id)
         if work.cancelled() or work.exception() is not None:
@@ -269,13 +319,15 @@ class LeaseProducer:
             self._table.revoke(lease.id, self._clock())
             self._settle()
             return
-        self._finalized(lease, filling, work.result())
-        if len(lease.digests) < filling.ready:
-            self._digest(lease, filling)
+        self._taken(lease, filling, kind, work.result())
+        if len(filling.digests[kind].taken) < filling.ready:
+            self._take(lease, filling, kind)
 
-    def _finalized(self, lease: Lease, filling: _Filling, digests: list[int]) -> None:
+    def _taken(self, lease: Lease, filling: _Filling, kind: DigestKind, digests: list[int]) -> None:
         now = self._clock()
-        if digests:
+        if kind is not self._kind:
+            filling.digests[kind].taken += digests
+        elif digests:
             self._table.finalize(lease.id, digests, now)
         if filling.seal and len(lease.digests) == len(lease.blocks):
             self._table.seal(lease.id, now)
@@ -287,7 +339,11 @@ class LeaseProducer:
         host = self.control_address.rpartition(":")[0] if everywhere else ""
         return TcpServer(self, self._store, address, stall=stall, advertised_host=host)
 
-    def _digests(self, blocks: Sequence[int], first: int) -> list[int]:
+    def _digests(self, kind: DigestKind, blocks: Sequence[int], first: int) -> list[int]:
+        if self._pool is not None:
+            if kind is DigestKind.DEVICE:
+                return self._pool.digests(blocks, first)
+            self._pool.save(blocks)
         return [block_digest(self._store.block(block), first + i) for i, block in enumerate(blocks)]
 
     async def _sweep_forever(self) -> None:

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from baton.errors import KvTransferError
 from kv_transfer.contract import BlockStore
+from kv_transfer.digest import DigestKind
 from kv_transfer.lease import LEASE_ID_BYTES
 from kv_transfer.sockets import (
     abort,
@@ -172,6 +173,7 @@ class TcpReader:
     """
 
     transport = "tcp"
+    digest_kind = DigestKind.XXH3
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from baton.errors import KvTransferError
-from kv_transfer.digest import block_digest
+from kv_transfer.digest import DigestKind, block_digest
 from kv_transfer.store import Bytes
 
 T = TypeVar("T")
@@ -29,7 +29,8 @@ class PeerLost(KvTransferError):
 
 @dataclass(frozen=True, slots=True)
 class DataEndpoint:
-    """Where a producer's bytes can be had: "shm" or "tcp", its address, a one-use token."""
+    """Where a producer's bytes can be had: "cuda_ipc", "shm" or "tcp", its address, a one-use
+    token."""
 
     transport: str
     address: str
@@ -40,11 +41,12 @@ class Run:
     """Consecutive final blocks of a lease on their way into local blocks.
 
     `first` is the position in the lease of the first one, `sources` the producer's block numbers,
-    `targets` the local blocks and `digests` what each must hash to. A transport fills the targets
-    in order, calls `land` after each, and gives up as soon as `stopped` is set.
+    `targets` the local blocks in host memory and `digests` what each must hash to. A transport
+    fills the targets in order, calls `land` after each, and gives up as soon as `stopped` is set.
+    One that copies to a device takes their numbers, `into`, in the place of the targets.
     """
 
-    __slots__ = ("digests", "first", "landed", "lease_id", "sources", "stopped", "targets")
+    __slots__ = ("digests", "first", "into", "landed", "lease_id", "sources", "stopped", "targets")
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class Run:
         sources: Sequence[int],
         targets: Sequence[Bytes],
         digests: Sequence[int],
+        into: Sequence[int] = (),
     ) -> None:
         if not len(sources) == len(targets) == len(digests):
             raise ValueError("a run needs a target and a digest for every source")
@@ -61,6 +64,7 @@ class Run:
         self.sources = sources
         self.targets = targets
         self.digests = digests
+        self.into = into
         self.landed = 0
         self.stopped = False
 
@@ -76,11 +80,26 @@ class Run:
     def land(self, index: int) -> None:
         """Block `index` of the run has been written whole; raises KvTransferError if it is not
         what the producer published, or if the run was stopped."""
+        self.check_wanted()
+        self._check(index, block_digest(self.targets[index].data, self.first + index))
+        self.landed += 1
+
+    def arrive(self, digests: Sequence[int]) -> None:
+        """Every block of the run is where it was to go, and these are the digests of what came;
+        raises as `land`."""
+        self.check_wanted()
+        for index, digest in enumerate(digests):
+            self._check(index, digest)
+        self.landed = len(digests)
+
+    def check_wanted(self) -> None:
+        """Raise KvTransferError if the run was stopped."""
         if self.stopped:
             raise KvTransferError("transfer was given up")
-        if block_digest(self.targets[index].data, self.first + index) != self.digests[index]:
+
+    def _check(self, index: int, digest: int) -> None:
+        if digest != self.digests[index]:
             raise KvTransferError(f"digest mismatch in block {self.first + index} of the lease")
-        self.landed += 1
 
 
 class Reader(Protocol):
@@ -89,6 +108,11 @@ class Reader(Protocol):
     @property
     def transport(self) -> str:
         """Its name, for reports."""
+        ...
+
+    @property
+    def digest_kind(self) -> DigestKind:
+        """The digests that it verifies by."""
         ...
 
     async def read(self, run: Run) -> None:

@@ -14,7 +14,7 @@ from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.prefix import block_keys
 from baton.rpc import Server
 from baton.shared_cores import Place, SharedCores
-from engine.host_blocks import to_publish
+from engine.host_blocks import on_device, to_publish
 from engine.metrics import EngineMetrics
 from engine.model.load import executor_from, reuses_prefixes
 from engine.recording import RecordedPrefillScheduler, RunRecorder, recorder_from
@@ -62,6 +62,7 @@ class PrefillServer:
             control_address=address,
             on_freed=lambda lease_id: self.worker.on_freed(lease_id),
             shared=self._pool,
+            device=on_device(store),
             data_address=config.kv_address,
             time_to_live=config.kv_lease_seconds,
         )

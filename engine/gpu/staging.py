@@ -1,10 +1,10 @@
 """The KV of a device pool as the hand-off sees it: the same blocks in host memory.
 
-A prefill worker saves the blocks that a pass has finished, before their lease says that they are
-final; what it has found of a prefix was saved when it was computed. A decode worker loads the
-blocks that a pull has brought, before their sequence runs. Either way many blocks are gathered into
-one buffer on the device, cross the bus in one copy, and go beside the passes, on a stream of their
-own.
+A prefill worker saves the blocks that a pass has finished: before their lease says that they are
+final, or if others can copy from the device itself (device_blocks.py), only for those who cannot. A
+decode worker loads the blocks that a pull has brought, before their sequence runs. Either way many
+blocks are gathered into one buffer on the device, cross the bus in one copy, and go beside the
+passes, on a stream of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mmap
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from engine.executor import Executor, Pipeline
 from engine.gpu.kernels.blocks import gather, scatter
 from engine.model.pool import KvGeometry, KvPool, Portion, numbers_and_scales
 from scheduling.plan import Capacity, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from engine.gpu.device_blocks import DeviceBlocks
 
 _BUFFER_BYTES = 32 * 2**20  # that cross at once
 
@@ -66,6 +69,7 @@ class Staging:
         self._most = max(1, _BUFFER_BYTES // pool.block_bytes)
         divided = portion is not None
         self._saving, self._loading = (_Lane(pool, self._most, divided=divided) for _ in range(2))
+        self.device: DeviceBlocks | None = None  # who goes past the host, if anybody can
 
     def block(self, index: int) -> memoryview:
         """Writable bytes of one block in host memory."""
@@ -73,11 +77,12 @@ class Staging:
             raise IndexError(f"block {index} of a pool of {self.blocks}")
         return self._view[index * self.block_bytes : (index + 1) * self.block_bytes]
 
-    def save(self, blocks: Items[int]) -> None:
-        """Copy from the device, behind all that it was given so far. Returns when they are here."""
+    def save(self, blocks: Items[int], *, settled: bool = False) -> None:
+        """Copy from the device, behind all that it was given so far, or if they are `settled`
+        beside it. Returns when they are here."""
         with self._saving as lane:
             for some in _pieces(blocks, self._most):
-                lane.gather(some)
+                lane.gather(some, settled=settled)
                 for here, there in zip(self._here, lane.arrays, strict=True):
                     for row, block in enumerate(some):
                         np.copyto(here[block], there[row])
@@ -131,10 +136,10 @@ class _Lane:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def gather(self, blocks: Items[int]) -> None:
+    def gather(self, blocks: Items[int], *, settled: bool) -> None:
         """Bring these blocks of the pool into the first rows of `host`."""
         assert self._buffer is not None
-        with self._behind_the_passes():
+        with self._beside_the_passes() if settled else self._behind_the_passes():
             rows = self._buffer[: len(blocks)]
             gather(self._storage, self._ids(blocks), rows)
             self.host[: len(blocks)].copy_(rows, non_blocking=True)
@@ -158,6 +163,15 @@ class _Lane:
             return
         passes = torch.cuda.default_stream(self._device)
         self._stream.wait_event(passes.record_event())
+        with self._beside_the_passes():
+            yield
+
+    @contextlib.contextmanager
+    def _beside_the_passes(self) -> Iterator[None]:
+        """On this lane's stream; waits for the end."""
+        if self._stream is None:
+            yield
+            return
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()
@@ -243,22 +257,31 @@ class SavingPipeline(SavingExecutor):
         return self._saved(plan, self._pipeline.result(begun))
 
 
+class Pulled(Protocol):
+    """What this needs of a pull's report."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the blocks are in the device's pool already."""
+        ...
+
+
 Ref = TypeVar("Ref", contravariant=True)
-Report = TypeVar("Report", covariant=True)
+Report = TypeVar("Report", bound=Pulled, covariant=True)
 
 
 class Pulls(Protocol[Ref, Report]):
     """What this needs of a Consumer."""
 
     async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
-        """Bring the blocks of `ref` after the first `skip` into the blocks `into` of the host's
-        memory."""
+        """Bring the blocks of `ref` after the first `skip` into the blocks `into`, of the host's
+        memory or of the device."""
         ...
 
 
 class StagedConsumer(Generic[Ref, Report]):
     """A Consumer (kv_transfer/contract.py) whose blocks are loaded into the device when they have
-    come: `consumer` pulls into the staging."""
+    come: `consumer` pulls into the staging, if not into the device."""
 
     def __init__(self, consumer: Pulls[Ref, Report], staging: StagedBlocks) -> None:
         self._consumer, self._staging = consumer, staging
@@ -266,6 +289,8 @@ class StagedConsumer(Generic[Ref, Report]):
     async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
         """As the consumer does; the KV is on the device when this returns."""
         report = await self._consumer.pull(ref, into, skip)
+        if report.on_device:
+            return report
         loading = asyncio.ensure_future(asyncio.to_thread(self._staging.load, into))
         try:
             await asyncio.shield(loading)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from triton.runtime.interpreter import GridExecutor
 
+from engine.gpu.staging import Staging
+from kv_transfer.consumer import PullConsumer
 from tests.e2e.conftest import name_every_token
 from tests.engine.conftest import VOCAB, TinyModel, one_layer, save_model
 
@@ -37,14 +40,53 @@ def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GridExecutor, "__call__", launch_alone)
 
 
-async def test_kv_is_handed_over_through_host_memory_and_generation_goes_on(
+@dataclass
+class HandOff:
+    """What happened on the way."""
+
+    transports: set[str] = field(default_factory=set)
+    saved: int = 0  # blocks
+    loaded: int = 0
+
+
+@pytest.fixture
+def hand_off(monkeypatch: pytest.MonkeyPatch) -> HandOff:
+    """The hand-off of workers whose pools count as a device's."""
+    monkeypatch.setattr("engine.host_blocks._on_host", lambda pool: False)
+    seen, pull, save, load = HandOff(), PullConsumer.pull, Staging.save, Staging.load
+
+    async def pulled(self: Any, *arguments: Any, **options: Any) -> Any:
+        report = await pull(self, *arguments, **options)
+        seen.transports.add(report.transport)
+        return report
+
+    def saved(self: Any, blocks: Any, **options: Any) -> None:
+        seen.saved += len(blocks)
+        save(self, blocks, **options)
+
+    def loaded(self: Any, blocks: Any) -> None:
+        seen.loaded += len(blocks)
+        load(self, blocks)
+
+    monkeypatch.setattr(PullConsumer, "pull", pulled)
+    monkeypatch.setattr(Staging, "save", saved)
+    monkeypatch.setattr(Staging, "load", loaded)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("transport", "kv_dtype"), [("cuda_ipc", "auto"), ("cuda_ipc", "int8"), ("shm", "auto")]
+)
+async def test_kv_is_handed_over_and_generation_goes_on(
     run_stack: Run,
     small: TinyModel,
-    monkeypatch: pytest.MonkeyPatch,
+    hand_off: HandOff,
+    transport: str,
+    kv_dtype: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("engine.host_blocks._on_host", lambda pool: False)  # as on a GPU
     settings = {"dtype": "float32", "attention_backend": "triton", "block_size": 4}
+    settings |= {"kv_dtype": kv_dtype, "decode_settings": {"kv_transports": transport}}
     batch = {"max_batch_tokens": 16, "max_batch_sequences": 2, "kv_blocks": 64}
     prompts = [[5, 9, 70, 33, 12, 60, 8, 101, 44], [7, 19, 23, 150]]
     async with run_stack(small.path, **settings, **batch) as stack, stack.client() as client:
@@ -53,7 +95,11 @@ async def test_kv_is_handed_over_through_host_memory_and_generation_goes_on(
         )
         await stack.quiet()
     assert "is recomputed" not in caplog.text
+    assert hand_off.transports == {transport}
+    through_host = hand_off.saved > 0, hand_off.loaded > 0
+    assert through_host == ((False, False) if transport == "cuda_ipc" else (True, True))
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = [int(token) for token in answer.text.split()]
         assert len(tokens) == 6
-        small.assert_generates(prompt, tokens)
+        if kv_dtype == "auto":
+            small.assert_generates(prompt, tokens)

@@ -21,6 +21,7 @@ from kv_transfer.memory import Network
 from kv_transfer.producer import LeaseProducer
 from kv_transfer.shm import allocate
 from kv_transfer.store import BufferStore
+from tests.kv_transfer.devices import kernels_in_turn, make_device
 
 LAYOUT = KvLayout(
     model_fingerprint="test",
@@ -59,6 +60,7 @@ class Pair:
         numbers = np.random.default_rng(7)
         self.source_bytes = np.frombuffer(self.shared.buffer, np.uint8)
         self.source_bytes[:] = numbers.integers(0, 256, self.source_bytes.size, np.uint8)
+        self.staged: list[int] = []  # blocks that a producer on a device brought to host memory
         self.poison()
         self.producer: LeaseProducer
         self.consumer: PullConsumer
@@ -72,9 +74,17 @@ class Pair:
             self.dialer: Any = self.network.dialer(LAYOUT.digest)
         else:
             stall = consumer.get("timeout", 20.0)
-            self.dialer = GrpcDialer(LAYOUT.digest, transports=[self.transport], stall=stall)
+            device = make_device(self.target, self.staged.extend)
+            self.dialer = GrpcDialer(
+                LAYOUT.digest, transports=[self.transport], stall=stall, device=device
+            )
             self.cleanup.push_async_callback(self.dialer.close)
-        self.consumer = PullConsumer(self.target, LAYOUT, self.dialer, **consumer)
+        if self.transport == "cuda_ipc":  # the device's blocks are not those of the BlockStore
+            consumer = {"slice_bytes": 4 * LAYOUT.block_bytes} | consumer
+            self.host = BufferStore(bytearray(BLOCKS * LAYOUT.block_bytes), LAYOUT.block_bytes)
+        else:
+            self.host = self.target
+        self.consumer = PullConsumer(self.host, LAYOUT, self.dialer, **consumer)
         self.cleanup.push_async_callback(self.consumer.close)
 
     async def start_producer(self, address: str, **options: Any) -> None:
@@ -83,8 +93,11 @@ class Pair:
             self._server = grpc.aio.server()
             address = f"127.0.0.1:{self._server.add_insecure_port(address)}"
             options |= {"shared": self.shared, "data_address": "127.0.0.1:0"}
+        store = self.source
+        if self.transport == "cuda_ipc":
+            store, options = self._on_device(options)
         self.producer = LeaseProducer(
-            self.source,
+            store,
             LAYOUT,
             control_address=address,
             on_freed=self.freed.append,
@@ -98,6 +111,20 @@ class Pair:
             add_KvServiceServicer_to_server(KvServicer(self.producer), self._server)
             await self._server.start()
             self.cleanup.push_async_callback(self._server.stop, None)
+
+    def _on_device(self, options: dict[str, Any]) -> tuple[BufferStore, dict[str, Any]]:
+        """The source is a device's memory; its twin in host memory is empty, and `saved` into."""
+        twin = allocate(self.shared.size)
+        store = BufferStore(twin.buffer, LAYOUT.block_bytes)
+
+        def save(blocks: Sequence[int]) -> None:
+            self.staged.extend(blocks)
+            for block in blocks:
+                store.block(block)[:] = self.source.block(block)
+
+        device = make_device(self.source, save)
+        device.export()
+        return store, options | {"shared": twin, "device": device}
 
     async def stop_producer(self) -> None:
         """End the present incarnation."""
@@ -143,7 +170,13 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "shm", "tcp"])
+@pytest.fixture(autouse=True)
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends are in this process."""
+    kernels_in_turn(monkeypatch)
+
+
+@pytest.fixture(params=["memory", "shm", "tcp", "cuda_ipc"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport in turn."""
     return str(request.param)

@@ -11,7 +11,7 @@ import pytest
 
 from baton.errors import KvTransferError
 from baton.internal.v1 import kv_pb2, kv_pb2_grpc
-from kv_transfer import shm
+from kv_transfer import local
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout
@@ -54,7 +54,7 @@ async def test_one_host_means_shared_memory_and_two_mean_tcp(pull_with):
 
 
 async def test_a_map_that_fails_falls_back_to_tcp_with_one_line(pull_with, monkeypatch, caplog):
-    monkeypatch.setattr(shm, "peer_uid", lambda peer: -1)
+    monkeypatch.setattr(local, "peer_uid", lambda peer: -1)
     with caplog.at_level(logging.WARNING):
         assert await pull_with() == "tcp"
     assert [r.getMessage() for r in caplog.records if "trying the next" in r.getMessage()] != []

@@ -73,10 +73,10 @@ async def test_blocks_are_not_freed_while_the_digest_thread_reads_them(pair, mon
     loop = asyncio.get_running_loop()
     digests = pair.producer._digests
 
-    def slow(blocks, first):
+    def slow(kind, blocks, first):
         loop.call_soon_threadsafe(started.set)
         time.sleep(0.2)
-        return digests(blocks, first)
+        return digests(kind, blocks, first)
 
     monkeypatch.setattr(pair.producer, "_digests", slow)
     ref = pair.publish(range(60))
@@ -88,7 +88,7 @@ async def test_blocks_are_not_freed_while_the_digest_thread_reads_them(pair, mon
 
 
 async def test_digests_that_fail_revoke_the_lease(pair, monkeypatch, until, caplog):
-    def broken(blocks, first):
+    def broken(kind, blocks, first):
         raise ValueError("no such memory")
 
     monkeypatch.setattr(pair.producer, "_digests", broken)

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import kv_transfer.shm
+import kv_transfer.local
 from baton.errors import KvTransferError
 from kv_transfer.digest import block_digest
-from kv_transfer.shm import SharedPool, ShmReader, ShmServer, allocate, host_id
+from kv_transfer.local import host_id
+from kv_transfer.shm import SharedPool, ShmReader, ShmServer, allocate
 from kv_transfer.store import BufferStore, block_array
 from kv_transfer.transport import PeerLost, Run
 
@@ -110,7 +111,7 @@ async def test_a_token_admits_once(server, connect):
 
 
 async def test_another_user_is_refused(server, connect, monkeypatch):
-    monkeypatch.setattr(kv_transfer.shm, "peer_uid", lambda peer: os.getuid() + 1)
+    monkeypatch.setattr(kv_transfer.local, "peer_uid", lambda peer: os.getuid() + 1)
     with pytest.raises(KvTransferError, match="refused"):
         await connect()
 
@@ -121,7 +122,7 @@ async def test_a_pool_smaller_than_announced_is_not_mapped(connect):
 
 
 async def test_silent_and_garbage_peers_harm_nobody(server, connect, monkeypatch):
-    monkeypatch.setattr(kv_transfer.shm, "_HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(kv_transfer.local, "_HANDSHAKE_SECONDS", 0.2)
     with contextlib.ExitStack() as stack:
         for words in (b"", b"\0" * 7, b"garbage " * 100):
             peer = stack.enter_context(socket.socket(socket.AF_UNIX))

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/internal/v1/kv.proto\x12\x11\x62\x61ton.internal.v1\x1a\x1egoogle/protobuf/duration.proto\"I\n\x0e\x43onnectRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x15\n\rlayout_digest\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\"~\n\x0f\x43onnectResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12.\n\tendpoints\x18\x02 \x03(\x0b\x32\x1b.baton.internal.v1.Endpoint\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bpool_blocks\x18\x04 \x01(\r\"=\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\"4\n\rFollowRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\"P\n\x0e\x46ollowResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x06\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\"4\n\x0cRenewRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\x0c\"@\n\rRenewResponse\x12/\n\x0ctime_to_live\x18\x01 \x03(\x0b\x32\x19.google.protobuf.Duration\"H\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\tcommitted\x18\x03 \x01(\x08\" \n\x0fReleaseResponse\x12\r\n\x05valid\x18\x01 \x01(\x08\x32\xcc\x02\n\tKvService\x12P\n\x07\x43onnect\x12!.baton.internal.v1.ConnectRequest\x1a\".baton.internal.v1.ConnectResponse\x12O\n\x06\x46ollow\x12 .baton.internal.v1.FollowRequest\x1a!.baton.internal.v1.FollowResponse0\x01\x12J\n\x05Renew\x12\x1f.baton.internal.v1.RenewRequest\x1a .baton.internal.v1.RenewResponse\x12P\n\x07Release\x12!.baton.internal.v1.ReleaseRequest\x1a\".baton.internal.v1.ReleaseResponseBD\n\x15\x64\x65v.baton.internal.v1P\x01Z)baton/gen/go/baton/internal/v1;internalv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62\x61ton/internal/v1/kv.proto\x12\x11\x62\x61ton.internal.v1\x1a\x1egoogle/protobuf/duration.proto\"I\n\x0e\x43onnectRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x15\n\rlayout_digest\x18\x02 \x01(\t\x12\x0f\n\x07host_id\x18\x03 \x01(\t\"~\n\x0f\x43onnectResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12.\n\tendpoints\x18\x02 \x03(\x0b\x32\x1b.baton.internal.v1.Endpoint\x12\x13\n\x0b\x62lock_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bpool_blocks\x18\x04 \x01(\r\"=\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\"h\n\rFollowRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x32\n\x0b\x64igest_kind\x18\x03 \x01(\x0e\x32\x1d.baton.internal.v1.DigestKind\"\x84\x01\n\x0e\x46ollowResponse\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x06\x12\x0e\n\x06sealed\x18\x04 \x01(\x08\x12\x32\n\x0b\x64igest_kind\x18\x05 \x01(\x0e\x32\x1d.baton.internal.v1.DigestKind\"4\n\x0cRenewRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\x0c\"@\n\rRenewResponse\x12/\n\x0ctime_to_live\x18\x01 \x03(\x0b\x32\x19.google.protobuf.Duration\"H\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x0c\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x11\n\tcommitted\x18\x03 \x01(\x08\" \n\x0fReleaseResponse\x12\r\n\x05valid\x18\x01 \x01(\x08*W\n\nDigestKind\x12\x1b\n\x17\x44IGEST_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44IGEST_KIND_XXH3\x10\x01\x12\x16\n\x12\x44IGEST_KIND_DEVICE\x10\x02\x32\xcc\x02\n\tKvService\x12P\n\x07\x43onnect\x12!.baton.internal.v1.ConnectRequest\x1a\".baton.internal.v1.ConnectResponse\x12O\n\x06\x46ollow\x12 .baton.internal.v1.FollowRequest\x1a!.baton.internal.v1.FollowResponse0\x01\x12J\n\x05Renew\x12\x1f.baton.internal.v1.RenewRequest\x1a .baton.internal.v1.RenewResponse\x12P\n\x07Release\x12!.baton.internal.v1.ReleaseRequest\x1a\".baton.internal.v1.ReleaseResponseBD\n\x15\x64\x65v.baton.internal.v1P\x01Z)baton/gen/go/baton/internal/v1;internalv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.internal.v1.kv_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025dev.baton.internal.v1P\001Z)baton/gen/go/baton/internal/v1;internalv1'
+  _globals['_DIGESTKIND']._serialized_start=816
+  _globals['_DIGESTKIND']._serialized_end=903
   _globals['_CONNECTREQUEST']._serialized_start=81
   _globals['_CONNECTREQUEST']._serialized_end=154
   _globals['_CONNECTRESPONSE']._serialized_start=156
@@ -40,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENDPOINT']._serialized_start=284
   _globals['_ENDPOINT']._serialized_end=345
   _globals['_FOLLOWREQUEST']._serialized_start=347
-  _globals['_FOLLOWREQUEST']._serialized_end=399
-  _globals['_FOLLOWRESPONSE']._serialized_start=401
-  _globals['_FOLLOWRESPONSE']._serialized_end=481
-  _globals['_RENEWREQUEST']._serialized_start=483
-  _globals['_RENEWREQUEST']._serialized_end=535
-  _globals['_RENEWRESPONSE']._serialized_start=537
-  _globals['_RENEWRESPONSE']._serialized_end=601
-  _globals['_RELEASEREQUEST']._serialized_start=603
-  _globals['_RELEASEREQUEST']._serialized_end=675
-  _globals['_RELEASERESPONSE']._serialized_start=677
-  _globals['_RELEASERESPONSE']._serialized_end=709
-  _globals['_KVSERVICE']._serialized_start=712
-  _globals['_KVSERVICE']._serialized_end=1044
+  _globals['_FOLLOWREQUEST']._serialized_end=451
+  _globals['_FOLLOWRESPONSE']._serialized_start=454
+  _globals['_FOLLOWRESPONSE']._serialized_end=586
+  _globals['_RENEWREQUEST']._serialized_start=588
+  _globals['_RENEWREQUEST']._serialized_end=640
+  _globals['_RENEWRESPONSE']._serialized_start=642
+  _globals['_RENEWRESPONSE']._serialized_end=706
+  _globals['_RELEASEREQUEST']._serialized_start=708
+  _globals['_RELEASEREQUEST']._serialized_end=780
+  _globals['_RELEASERESPONSE']._serialized_start=782
+  _globals['_RELEASERESPONSE']._serialized_end=814
+  _globals['_KVSERVICE']._serialized_start=906
+  _globals['_KVSERVICE']._serialized_end=1238
 # @@protoc_insertion_point(module_scope)

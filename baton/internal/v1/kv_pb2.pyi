@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _DigestKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DigestKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DigestKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DIGEST_KIND_UNSPECIFIED: _DigestKind.ValueType  # 0
+    """As DIGEST_KIND_XXH3."""
+    DIGEST_KIND_XXH3: _DigestKind.ValueType  # 1
+    """xxh3-64 of the bytes in host memory, seeded with the index in the lease."""
+    DIGEST_KIND_DEVICE: _DigestKind.ValueType  # 2
+    """That of the bytes on a device, as its kernel takes it: nothing is brought
+    to host memory for it.
+    """
+
+class DigestKind(_DigestKind, metaclass=_DigestKindEnumTypeWrapper):
+    """What digests of blocks are taken of, and how."""
+
+DIGEST_KIND_UNSPECIFIED: DigestKind.ValueType  # 0
+"""As DIGEST_KIND_XXH3."""
+DIGEST_KIND_XXH3: DigestKind.ValueType  # 1
+"""xxh3-64 of the bytes in host memory, seeded with the index in the lease."""
+DIGEST_KIND_DEVICE: DigestKind.ValueType  # 2
+"""That of the bytes on a device, as its kernel takes it: nothing is brought
+to host memory for it.
+"""
+Global___DigestKind: _TypeAlias = DigestKind  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -95,9 +124,9 @@ class Endpoint(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     transport: _builtins.str
-    """"shm" or "tcp"."""
+    """"cuda_ipc", "shm" or "tcp"."""
     address: _builtins.str
-    """Socket path or host:port."""
+    """Socket name or host:port."""
     token: _builtins.bytes
     """One-use token for the data channel."""
     def __init__(
@@ -123,19 +152,23 @@ class FollowRequest(_message.Message):
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    DIGEST_KIND_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.bytes
     """The lease."""
     engine_id: _builtins.str
     """Producer incarnation that granted it."""
+    digest_kind: Global___DigestKind.ValueType
+    """The kind of digests that the consumer's transport needs."""
     def __init__(
         self,
         *,
         lease_id: _builtins.bytes = ...,
         engine_id: _builtins.str = ...,
+        digest_kind: Global___DigestKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest_kind", b"digest_kind", "engine_id", b"engine_id", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,17 +184,20 @@ class FollowResponse(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
+    DIGEST_KIND_FIELD_NUMBER: _builtins.int
     first: _builtins.int
     """Index within the lease of the first block named here."""
     sealed: _builtins.bool
     """Set on the last message."""
+    digest_kind: Global___DigestKind.ValueType
+    """What the digests are."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The producer's block numbers, in order of position."""
 
     @_builtins.property
     def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """xxh3-64 of each block's bytes, seeded with its index in the lease."""
+        """The digest of each block."""
 
     def __init__(
         self,
@@ -170,10 +206,11 @@ class FollowResponse(_message.Message):
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         digests: _abc.Iterable[_builtins.int] | None = ...,
         sealed: _builtins.bool = ...,
+        digest_kind: Global___DigestKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "digests", b"digests", "first", b"first", "sealed", b"sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "digest_kind", b"digest_kind", "digests", b"digests", "first", b"first", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,7 +55,9 @@ def digests(storage: Tensor, blocks: Tensor, first: int) -> Tensor:
     return _launch(storage, None, blocks, None, first)
 
 
-def transfer(source: Tensor, sources: Tensor, target: Tensor, targets: Tensor, first: int) -> Tensor:
+def transfer(
+    source: Tensor, sources: Tensor, target: Tensor, targets: Tensor, first: int
+) -> Tensor:
     """target[targets[i]] = source[sources[i]], and the digests of what was copied, as `digests`.
 
     `source` may lie on another device that this one can read. No target is another one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ from tests.engine.gpu.test_executor import on_gpu, prompt, small
 __all__ = ["on_gpu", "small"]
 
 Make = Callable[..., Any]
+
+
+@dataclass
+class Report:
+    """Of a pull."""
+
+    on_device: bool
 
 
 @pytest.fixture(params=[torch.float32, torch.int8], ids=["float32", "int8"])
@@ -94,17 +102,30 @@ def test_a_sequence_goes_on_from_what_another_worker_saved(small: Any, on_gpu: M
     class Pulls:
         """A hand-off without a network."""
 
-        async def pull(self, ref: Any, into: Any, skip: int = 0) -> str:
+        async def pull(self, ref: Any, into: Any, skip: int = 0) -> Report:
             for block, at in zip(ref.blocks, into, strict=True):
                 target.block(at)[:] = source.block(block)
-            return "pulled"
+            return Report(on_device=False)
 
     consumer = StagedConsumer(Pulls(), target)
-    assert asyncio.run(consumer.pull(first, second.blocks)) == "pulled"
+    assert not asyncio.run(consumer.pull(first, second.blocks)).on_device
     second.computed = len(text)
     second.append(first.tokens[-1])
     decode.run()
     small.assert_generates(text, second.tokens[len(text) :])
+
+
+async def test_blocks_that_came_to_the_device_are_not_loaded(pool: KvPool) -> None:
+    staging, before = Staging(pool), pool.storage.clone()
+
+    class Pulls:
+        """Brings blocks past the host."""
+
+        async def pull(self, ref: Any, into: Any, skip: int = 0) -> Report:
+            return Report(on_device=True)
+
+    assert (await StagedConsumer(Pulls(), staging).pull(None, [1])).on_device
+    assert torch.equal(pool.storage.view(torch.uint8), before.view(torch.uint8))
 
 
 async def test_a_cancelled_pull_ends_when_nothing_is_written_any_more(pool: KvPool) -> None:
@@ -119,8 +140,8 @@ async def test_a_cancelled_pull_ends_when_nothing_is_written_any_more(pool: KvPo
     class Pulls:
         """Brings nothing."""
 
-        async def pull(self, ref: Any, into: Any, skip: int = 0) -> None:
-            return None
+        async def pull(self, ref: Any, into: Any, skip: int = 0) -> Report:
+            return Report(on_device=False)
 
     pulling = asyncio.create_task(StagedConsumer(Pulls(), staging).pull(None, [1]))
     await asyncio.sleep(0.05)

@@ -10,6 +10,7 @@ import pytest
 
 import kv_transfer.transport
 from baton.errors import KvTransferError
+from engine.gpu.device_blocks import OpenedBlocks
 
 
 @pytest.fixture
@@ -22,6 +23,13 @@ def slow_landing(monkeypatch):
         return digest(block, position)
 
     monkeypatch.setattr(kv_transfer.transport, "block_digest", slow)
+    copy = OpenedBlocks.copy
+
+    def slow_copy(self, sources, into, first):
+        time.sleep(0.02 * len(sources))
+        return copy(self, sources, into, first)
+
+    monkeypatch.setattr(OpenedBlocks, "copy", slow_copy)
 
 
 async def assert_quiet(pair, seconds: float = 0.3) -> None:

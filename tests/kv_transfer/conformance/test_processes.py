@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from baton.types import KvRef
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.store import BufferStore
+from tests.kv_transfer.devices import make_device
 
 BLOCKS = 64
 TIMEOUT = 1.5
@@ -47,13 +49,14 @@ class Child:
 
 
 @contextlib.asynccontextmanager
-async def running(layout, time_to_live: float = 30.0):
-    script = Path(__file__).with_name("producer_process.py")
-    arguments = [json.dumps(dataclasses.asdict(layout)), str(BLOCKS), str(time_to_live)]
+async def running(layout, time_to_live: float = 30.0, where: Sequence[str] = ()):
+    script = ("-m", "tests.kv_transfer.conformance.producer_process")
+    arguments = [json.dumps(dataclasses.asdict(layout)), str(BLOCKS), str(time_to_live), *where]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        script,
+        *script,
         *arguments,
+        cwd=Path(__file__).parents[3],
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -67,11 +70,23 @@ async def running(layout, time_to_live: float = 30.0):
         process._transport.close()
 
 
-@pytest.fixture(params=["shm", "tcp"])
-async def consumer(request, layout):
+@pytest.fixture(params=["shm", "tcp", "cuda_ipc"])
+def transport(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def where(transport) -> Sequence[str]:
+    """Of the producer's pool."""
+    return ["device"] if transport == "cuda_ipc" else []
+
+
+@pytest.fixture
+async def consumer(transport, layout):
     """A consumer in this process, and its pool."""
-    dialer = GrpcDialer(layout.digest, transports=[request.param], stall=TIMEOUT)
     target = BufferStore(bytearray(BLOCKS * layout.block_bytes), layout.block_bytes)
+    device = make_device(target, lambda blocks: None)
+    dialer = GrpcDialer(layout.digest, transports=[transport], stall=TIMEOUT, device=device)
     pulling = PullConsumer(target, layout, dialer, timeout=TIMEOUT)
     yield pulling, target
     await pulling.close()
@@ -83,10 +98,10 @@ def expected(layout) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, size, np.uint8).reshape(BLOCKS, -1)
 
 
-async def test_blocks_cross_between_processes_while_they_are_filled(layout, consumer, until):
+async def test_blocks_cross_between_processes_while_they_are_filled(layout, consumer, where, until):
     pulling, target = consumer
     source = expected(layout)
-    async with running(layout) as child:
+    async with running(layout, where=where) as child:
         for into in (list(range(32)), list(range(63, 31, -1))):
             ref = await child.publish(32)
             pull = asyncio.create_task(pulling.pull(ref, into))
@@ -104,9 +119,9 @@ async def test_blocks_cross_between_processes_while_they_are_filled(layout, cons
 
 
 @pytest.mark.parametrize("ready", [0, 20])
-async def test_a_killed_producer_is_noticed_at_once(layout, consumer, until, ready):
+async def test_a_killed_producer_is_noticed_at_once(layout, consumer, where, until, ready):
     pulling, target = consumer
-    async with running(layout) as child:
+    async with running(layout, where=where) as child:
         ref = await child.publish(32)
         child.say("advance", ref.lease_id.hex(), ready)
         pull = asyncio.create_task(pulling.pull(ref, range(32)))
@@ -123,9 +138,9 @@ async def test_a_killed_producer_is_noticed_at_once(layout, consumer, until, rea
             await pulling.pull(ref, range(32))
 
 
-async def test_a_frozen_producer_is_given_up_in_bounded_time(layout, consumer, until):
+async def test_a_frozen_producer_is_given_up_in_bounded_time(layout, consumer, where, until):
     pulling, target = consumer
-    async with running(layout) as child:
+    async with running(layout, where=where) as child:
         ref = await child.publish(32)
         child.say("advance", ref.lease_id.hex(), 4)
         pull = asyncio.create_task(pulling.pull(ref, range(32)))
