@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from baton.errors import ModelError
@@ -126,20 +126,15 @@ def _load(
     """The model with its weights, computing attention as transformers does. Weights that are stored
     quantized become dense, by our reading of them: transformers leaves theirs to other packages."""
     sources: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    dtype, empty = dtype or config.dtype or torch.float32, set[str]()
     try:
         if config.scheme is not None:
-            plain = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-            del plain.quantization_config
-            weights = Checkpoint(path, dtype or config.dtype or torch.float32).dense()
-            sources = {
-                "pretrained_model_name_or_path": None,
-                "config": plain,
-                "state_dict": weights,
-            }
+            sources = _dense(path, dtype)
+            empty = _empty_biases(sources["state_dict"])
         with _quiet():
             loaded: Any = kind.from_pretrained(
                 **sources,
-                dtype=dtype or config.dtype or torch.float32,
+                dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -151,19 +146,25 @@ def _load(
     except Exception as error:  # transformers raises whatever the files provoked
         raise ModelError(f"{path}: {hf_checks.first_line(error)}") from error
     model: PreTrainedModel = loaded[0]  # from_pretrained has set it to evaluation
-    hf_checks.check_loading(config, loaded[1], model)
+    unexpected = set(loaded[1]["unexpected_keys"]) - empty
+    hf_checks.check_loading(config, loaded[1] | {"unexpected_keys": unexpected}, model)
     return model
 
 
-def _unquantized(path: Path) -> PretrainedConfig:
-    """A configuration that says nothing of quantization."""
-    found: PretrainedConfig = AutoConfig.from_pretrained(
-        path, trust_remote_code=False, local_files_only=True
-    )
+def _dense(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is to load in the place of a quantized directory."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     for name in ("quantization_config", "compression_config"):
-        if hasattr(found, name):
-            delattr(found, name)
-    return found
+        if hasattr(config, name):
+            delattr(config, name)
+    weights = Checkpoint(path, dtype).dense()
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+
+
+def _empty_biases(weights: dict[str, Tensor]) -> set[str]:
+    """Biases of nothing but zeros: old versions of AutoGPTQ gave one to every projection."""
+    biases = (name for name in weights if name.endswith(".bias"))
+    return {name for name in biases if not bool(weights[name].any())}
 
 
 @contextmanager

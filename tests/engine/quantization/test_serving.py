@@ -149,9 +149,14 @@ def test_what_a_family_does_not_have_is_refused(
     path = quantize_model(tmp_path / "plain", tmp_path / "quantized", "gptq")
     tensors = load_file(path / "model.safetensors")
     module = "model.layers.0.mlp.up_proj"
-    unused = {f"{module}.input_scale": torch.ones(1)}
+    unused = {f"{module}.input_scale": torch.ones(1), f"{module}.bias": torch.zeros(80)}
     save_file(tensors | unused, path / "model.safetensors", metadata={"format": "pt"})
     load_executor(path, dtype="float32")
+    file = path / "config.json"  # as old tools had it
+    config = json.loads(file.read_text())
+    (path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    file.write_text(json.dumps(config))
+    assert load_executor(path, dtype="float32").weight_dtype == "float32 from int4"
     more = {
         name.replace("up_proj", "extra_proj"): tensor.clone()
         for name, tensor in tensors.items()
@@ -159,4 +164,8 @@ def test_what_a_family_does_not_have_is_refused(
     }
     save_file(tensors | more, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"unexpected keys: model\.layers\.0\.mlp\.extra_proj\.w"):
+        load_executor(path, dtype="float32")
+    bias = {f"{module}.bias": torch.ones(80)}
+    save_file(tensors | bias, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"unexpected keys: model\.layers\.0\.mlp\.up_proj\.bias"):
         load_executor(path, dtype="float32")
