@@ -179,9 +179,12 @@ class Reader:
 
     def _group_of(self, suffix: str | None) -> Tensor:
         """The group of each of the window's inputs, [in] int64: as stored, else in their order."""
+        ordered = _indices(self.window.inputs) // self._group_size
         if suffix is None or f"{self.module}.{suffix}" not in self.files.names:
-            return _indices(self.window.inputs) // self._group_size
+            return ordered
         found = self._tensor(suffix, _INTEGERS, (self.into,)).long()
+        if self.form.layout is not Layout.GPTQ and bool((found == -1).any()):
+            return ordered  # how compressed-tensors leaves what it has not used
         if bool((found < 0).any()) or bool((found >= self._groups).any()):
             raise self._error(suffix, f"names groups that are not among {self._groups}")
         return found[span(self.window.inputs)]

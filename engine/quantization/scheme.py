@@ -110,7 +110,8 @@ def read_scheme(path: Path) -> Scheme | None:
             f"{known} are)"
         )
     try:
-        return _METHODS[method](found)
+        scheme = _METHODS[method](found)
+        return scheme if scheme.forms else None  # of KV alone, say
     except _Unsupported as error:
         raise ModelError(f"{path}: {method} checkpoints with {error} are not supported") from None
     except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
@@ -205,7 +206,7 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Scheme:
     status = config.get("quantization_status", "compressed")
     _only(status, "quantization_status", ("compressed", "frozen"))
     forms = []
-    for group in config["config_groups"].values():
+    for group in (config.get("config_groups") or {}).values():
         if not isinstance(group, dict):
             raise _Unsupported("presets in config_groups")
         if group.get("weights") is None:

@@ -163,16 +163,17 @@ def test_blocks_of_fp8_are_used_as_they_are(
     assert_multiplies(made, source, 1e-5, tokens)
 
 
-def test_blocks_of_fp8_that_no_product_takes_are_dense(
-    device: torch.device, tmp_path: Path
+@pytest.mark.parametrize(("quantization", "kind"), [("none", Dense), ("fp8", Fp8)])
+def test_blocks_of_fp8_that_no_product_takes_are_dense_or_made_anew(
+    quantization: Any, kind: type, device: torch.device, tmp_path: Path
 ) -> None:
     tensors = fp8_blocks()
     for name, size in zip(NAMES, SIZES, strict=True):
         tensors[f"{name}.weight_scale_inv"] = torch.full((size // 8, 8), 0.5)
     source = checkpoint(tmp_path, tensors, BLOCKS | {"weight_block_size": [8, 8]}, device)
-    made = linear(source, NAMES, SIZES, INTO, True, "none")
-    assert type(made) is Dense
-    assert_multiplies(made, source, 1e-5)
+    made = linear(source, NAMES, SIZES, INTO, True, quantization)
+    assert type(made) is kind
+    assert_multiplies(made, source, 1e-5 if quantization == "none" else 0.04)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

@@ -117,7 +117,12 @@ def test_symmetric_weights_carry_no_zeros(golden: ReadGolden, tmp_path: Path) ->
 
 
 def test_only_act_order_has_an_order(golden: ReadGolden, tmp_path: Path) -> None:
-    for name, ordered in (("gptq-int4", False), ("gptq-int4-act-order", True)):
+    for name, ordered in (
+        ("gptq-int4", False),
+        ("gptq-int4-act-order", True),
+        ("packed-int4-group", False),
+        ("packed-int4-act-order", True),
+    ):
         case = golden(name)
         found = Checkpoint(case.save(tmp_path / name), torch.float32).quantized(
             NAME, *case.expected.shape
@@ -152,6 +157,16 @@ def test_groups_of_unequal_sizes_are_filled_up(golden: ReadGolden, tmp_path: Pat
 def test_without_group_indices_groups_come_in_order(golden: ReadGolden, tmp_path: Path) -> None:
     case = golden("gptq-int4")
     del case.tensors["m.g_idx"]
+    checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
+    torch.testing.assert_close(checkpoint(NAME, *case.expected.shape), case.expected)
+
+
+def test_group_indices_that_compressed_tensors_has_not_used_mean_nothing(
+    golden: ReadGolden, tmp_path: Path
+) -> None:
+    case = golden("packed-int4-group")
+    into = case.expected.shape[1]
+    case.tensors["m.weight_g_idx"] = torch.full((into,), -1, dtype=torch.int32)
     checkpoint = Checkpoint(case.save(tmp_path), torch.float32)
     torch.testing.assert_close(checkpoint(NAME, *case.expected.shape), case.expected)
 

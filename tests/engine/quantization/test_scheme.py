@@ -45,9 +45,11 @@ def write(path: Path, config: Any) -> Path:
     return path
 
 
-def test_a_model_without_quantization_has_no_scheme(tmp_path: Path) -> None:
+def test_a_model_without_quantized_weights_has_no_scheme(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert read_scheme(tmp_path) is None
+    only_kv = compressed() | {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}
+    assert read_scheme(write(tmp_path, only_kv)) is None
 
 
 @pytest.mark.parametrize(
