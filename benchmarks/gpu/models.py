@@ -16,6 +16,7 @@ from engine.gpu.model import GpuLlama
 from engine.model.config import ModelConfig
 from engine.model.pool import KvGeometry, KvPool
 from engine.model.weights import Checkpoint
+from engine.quantization.window import Window
 from scheduling.plan import Capacity
 from scheduling.simulator.hardware import SHAPES as PUBLISHED
 
@@ -103,7 +104,7 @@ class RandomCheckpoint(Checkpoint):
         """Nothing is stored in a quantized form."""
         return False
 
-    def quantized(self, name: str, out: int, into: int) -> None:
+    def quantized(self, name: str, out: int, into: int, window: Window | None = None) -> None:
         """Nothing is stored in a quantized form."""
 
 
