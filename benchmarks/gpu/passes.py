@@ -147,10 +147,9 @@ def _chained(executor: GpuExecutor, shape: Shape, steps: int) -> float:
             if step == _SETTLING:
                 _settle(device)
                 begun = time.perf_counter()
-            assert launched.tokens is not None
             positions = [first + step] * shape.batch
-            launched, _ = launcher.go_on(sequences, positions, launched.tokens, rows)
-        launched.sampled()
+            launched, _ = launcher.go_on(sequences, positions, launched.drawn.tokens, rows)
+        launched.results()
     return (time.perf_counter() - begun) / steps
 
 
