@@ -37,7 +37,7 @@ def to_publish(
         return saving(executor, staging), staging
     from engine.gpu.device_blocks import SettledExecutor
 
-    return SettledExecutor(executor, device.where), staging
+    return SettledExecutor(executor, device), staging
 
 
 def to_fill(executor: TorchExecutor) -> KvPool | StagedBlocks:

@@ -121,6 +121,8 @@ def _bench(
         section("kernels", bench.kernels)
     if "attention" in only:
         section("attention", bench.attention)
+    if "handoff" in only:
+        section("handoff", bench.handoff)
     for shape in shapes:
         if "passes" in only:
             for quantization in formats:

@@ -14,6 +14,7 @@ from benchmarks.gpu.models import RandomCheckpoint
 from benchmarks.gpu.timing import seconds
 from engine.gpu.kernels.activation import gated
 from engine.gpu.kernels.blocks import gather, scatter
+from engine.gpu.kernels.digest import digests, transfer
 from engine.gpu.kernels.norm import add_rms_norm, rms_norm
 from engine.gpu.kernels.rope import rotate_and_store
 from engine.gpu.kernels.sample import Space, best_tokens
@@ -132,6 +133,14 @@ def blocks(device: torch.device, tokens: int, widths: Widths = LLAMA_8B) -> Iter
     size = 2 * held.numel()
     yield Case("gather blocks", tokens, lambda: gather(pool.storage, chosen, held), size)
     yield Case("scatter blocks", tokens, lambda: scatter(chosen, held, pool.storage), size)
+    yield Case("digest blocks", tokens, lambda: digests(pool.storage, chosen, 0), size // 2)
+    every = torch.arange(count, device=device)
+    yield Case(
+        "copy and digest blocks",
+        tokens,
+        lambda: transfer(held, every, pool.storage, chosen, 0),
+        size,
+    )
 
 
 def products(

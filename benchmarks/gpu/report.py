@@ -77,6 +77,17 @@ def _sections(records: list[Record]) -> Iterable[str]:
             ("baton output tokens/s", "transformers output tokens/s", "ratio"),
         ),
         ("attention", "Attention of one layer", ("seconds", "of bandwidth", "of product")),
+        (
+            "handoff",
+            "KV from another process",
+            (
+                "direct GB/s",
+                "by host GB/s",
+                "ratio",
+                "direct one block us",
+                "by host one block us",
+            ),
+        ),
         ("kernels", "Kernels", ("seconds", "share")),
     ):
         values: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import attention, ceilings, kernels, passes, serving
+from benchmarks.gpu import attention, ceilings, handoff, kernels, passes, serving
 from benchmarks.gpu.kernels import LLAMA_8B, TINY, Case
 from benchmarks.gpu.models import SHAPES, Sizes, config_of, executor
 from benchmarks.gpu.passes import Shape, Timed
@@ -17,7 +17,7 @@ from benchmarks.gpu.records import Record, Source
 from engine.bench.work import ModelCount
 from engine.gpu.model import GpuLlama
 
-PARTS = ("kernels", "attention", "passes", "serving")
+PARTS = ("kernels", "attention", "handoff", "passes", "serving")
 KV = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _GENERATION = ((1, 128), (1, 8000), (8, 2048), (64, 2048))  # batch, context
 _PROMPTS = ((1, 512), (1, 2048), (8, 1024), (2, 4096))  # sequences, tokens
@@ -97,6 +97,27 @@ class Bench:
                     "of product": one.of_product,
                 }
                 self.records += self._source.records("attention", one.name, values, form=form)
+        self._console.print(table)
+
+    def handoff(self) -> None:
+        """Blocks of Llama-3-8B from another process, on this device and on the next one."""
+        size = handoff.Size(1, 3) if self._quick else handoff.Size()
+        table = Table("hand-off", "GB/s", "by way of the host", "ratio", "one block, us", "by way")
+        sources = {"within the device": self._device}
+        if self._device.type == "cuda" and torch.cuda.device_count() > 1:
+            other = (self._device.index + 1) % torch.cuda.device_count()
+            sources["from the next device"] = torch.device("cuda", other)
+        for name, source in sources.items():
+            found = handoff.compare(source, self._device, 1 if self._quick else 7, size)
+            values = {
+                "direct GB/s": found.bytes / found.all_blocks["cuda_ipc"] / 1e9,
+                "by host GB/s": found.bytes / found.all_blocks["shm"] / 1e9,
+                "ratio": found.ratio,
+                "direct one block us": found.one_block["cuda_ipc"] * 1e6,
+                "by host one block us": found.one_block["shm"] * 1e6,
+            }
+            table.add_row(name, *(f"{value:.1f}" for value in values.values()))
+            self.records += self._source.records("handoff", name, values)
         self._console.print(table)
 
     def passes(self, shape: str, form: str, kv: str) -> None:

@@ -34,7 +34,8 @@ class DeviceBlocks:
         self, storage: Tensor, memory: SharedMemory, save: Callable[[Items[int]], None]
     ) -> None:
         """`storage`: [blocks, ...], contiguous. `save` brings blocks into host memory."""
-        self.save = save
+        self._save = save
+        self._saved: set[int] = set()  # in host memory as they are
         self._storage = storage
         self._memory = memory
         self._side = _Side(storage.device)
@@ -49,6 +50,16 @@ class DeviceBlocks:
         """64 bits for each block; see engine/gpu/kernels/digest.py."""
         with self._side.alone():
             return _unsigned(digests(self._storage, _numbers(blocks, self._storage), first))
+
+    def save(self, blocks: Items[int]) -> None:
+        """Bring blocks into host memory, unless they are there: a prefix has many leases."""
+        missing = [block for block in blocks if block not in self._saved]
+        self._save(missing)
+        self._saved.update(missing)
+
+    def rewritten(self, blocks: Items[int]) -> None:
+        """These get other contents, and are under no lease."""
+        self._saved.difference_update(blocks)
 
     def open(self, handle: bytes, blocks: int) -> OpenedBlocks:
         """A producer's pool of `blocks` blocks as large as these. Raises OSError and ValueError."""
@@ -113,10 +124,10 @@ class _Side:
 
 class SettledExecutor:
     """An Executor whose results come when the device has done all that their pass is: what it
-    wrote may be read on any stream."""
+    wrote may be read on any stream. `blocks` are told what passes write to."""
 
-    def __init__(self, executor: Executor, device: torch.device) -> None:
-        self._executor, self._device = executor, device
+    def __init__(self, executor: Executor, blocks: DeviceBlocks) -> None:
+        self._executor, self._blocks = executor, blocks
 
     @property
     def capacity(self) -> Capacity:
@@ -125,9 +136,13 @@ class SettledExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one pass to its end."""
+        size, device = self.capacity.block_size, self._blocks.where
+        for chunk in plan.chunks:
+            until = -(-(chunk.start + chunk.length) // size)
+            self._blocks.rewritten(chunk.sequence.blocks[chunk.start // size : until])
         result = self._executor.execute(plan)
-        if self._device.type == "cuda":
-            torch.cuda.default_stream(self._device).synchronize()
+        if device.type == "cuda":
+            torch.cuda.default_stream(device).synchronize()
         return result
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class CudaMemory:
     """Memory of one GPU. Opens that of any GPU that it can read: itself, or one beside it that this
     process sees, too."""
 
-    _FORMAT = struct.Struct(f"!36s{_HANDLE_BYTES}sQQ")  # device's UUID, handle, offset, bytes
+    _FORMAT = struct.Struct(f"!64s{_HANDLE_BYTES}sQQ")  # device's UUID, handle, offset, bytes
 
     def __init__(self, device: torch.device) -> None:
         """`device` with its index. Raises OSError where there is no NVIDIA driver."""
@@ -77,7 +77,7 @@ class CudaMemory:
             raise ValueError(str(error)) from error
         if there < size:
             raise ValueError(f"{there} bytes of memory where {size} were announced")
-        self._require(uuid.decode())
+        self._require(uuid.rstrip(b"\0").decode())
         base = self._driver.open(raw)
         try:
             memory = torch.as_tensor(_View(base + offset, size), device=self._device)

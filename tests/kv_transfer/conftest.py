@@ -21,7 +21,7 @@ from kv_transfer.memory import Network
 from kv_transfer.producer import LeaseProducer
 from kv_transfer.shm import allocate
 from kv_transfer.store import BufferStore
-from tests.kv_transfer.devices import kernels_in_turn, make_device
+from tests.kv_transfer.devices import kernels_in_turn, make_device, need_interpreter
 
 LAYOUT = KvLayout(
     model_fingerprint="test",
@@ -179,6 +179,8 @@ def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=["memory", "shm", "tcp", "cuda_ipc"])
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport in turn."""
+    if request.param == "cuda_ipc":
+        need_interpreter()
     return str(request.param)
 
 

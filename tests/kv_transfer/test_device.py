@@ -22,12 +22,13 @@ from kv_transfer.digest import DigestKind
 from kv_transfer.producer import LeaseProducer
 from kv_transfer.store import BufferStore
 from kv_transfer.transport import PeerLost, Run
-from tests.kv_transfer.devices import make_device
+from tests.kv_transfer.devices import make_device, need_interpreter
 
 
 @pytest.fixture
 def transport() -> str:
     """Producers here have their pool on a device; consumers choose."""
+    need_interpreter()
     return "cuda_ipc"
 
 

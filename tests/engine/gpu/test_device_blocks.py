@@ -16,10 +16,14 @@ import torch
 
 from engine import host_blocks
 from engine.gpu.device_blocks import DeviceBlocks, SettledConsumer, SettledExecutor
+from engine.gpu.kernels.launch import interpreted
 from engine.gpu.shared_memory import HostMemory, memory_of
 from engine.gpu.staging import SavingExecutor, Staging
 from engine.model.memory import OwnMemory
 from engine.model.pool import KvGeometry, KvPool
+
+# Pools on a CPU need the interpreter.
+on_cpu = pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU here")
 
 _FORMATS = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 _CPU = torch.device("cpu")
@@ -44,6 +48,7 @@ def _rows(pool: KvPool) -> torch.Tensor:
     return pool.storage.view(torch.uint8).view(pool.blocks, -1)
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", _FORMATS, ids=str)
 def test_blocks_are_copied_whole_and_digested_alike_on_both_sides(dtype: torch.dtype) -> None:
     source, target = _pool(dtype, _CPU, shared=True), _pool(dtype, _CPU)
@@ -60,6 +65,7 @@ def test_blocks_are_copied_whole_and_digested_alike_on_both_sides(dtype: torch.d
     opened.close()
 
 
+@on_cpu
 def test_what_the_producer_writes_later_is_seen() -> None:
     source, target = _pool(torch.int8, _CPU, shared=True), _pool(torch.int8, _CPU)
     producer = _blocks(source)
@@ -99,6 +105,32 @@ def test_a_handle_of_too_little_or_of_nothing_is_refused() -> None:
         consumer.open(f"{os.getpid()} 999999 0 {source.blocks * source.block_bytes}".encode(), 9)
 
 
+def test_what_is_in_host_memory_is_not_brought_there_again_until_a_pass_writes_to_it() -> None:
+    saved: list[list[int]] = []
+    blocks = DeviceBlocks(_pool(torch.int8, _CPU).storage, HostMemory(), saved.append)
+    blocks.save([3, 4, 5, 6])
+    blocks.save([3, 4, 5, 6, 7])
+    plans = []
+
+    class Runs:
+        """An executor of blocks of four tokens."""
+
+        capacity = SimpleNamespace(block_size=4)
+
+        def execute(self, plan: Any) -> str:
+            plans.append(plan)
+            return "result"
+
+    sequence = SimpleNamespace(blocks=[3, 4, 5, 6])
+    chunk = SimpleNamespace(sequence=sequence, start=5, length=5)  # in its second and third block
+    runs = SettledExecutor(Runs(), blocks)  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(chunks=(chunk,))
+    assert runs.execute(plan) == "result"
+    assert plans == [plan]
+    blocks.save([3, 4, 5, 6])
+    assert saved == [[3, 4, 5, 6], [7], [4, 5]]
+
+
 @contextmanager
 def _as_a_device(monkeypatch: pytest.MonkeyPatch, pool: KvPool) -> Iterator[Any]:
     """An executor over a pool that counts as a device's."""
@@ -116,6 +148,7 @@ def test_a_producer_that_cannot_share_its_device_saves_every_block(
     assert "KV goes by way of host memory" in caplog.text
 
 
+@on_cpu
 def test_a_producer_that_shares_its_device_saves_on_demand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -131,6 +164,7 @@ def test_a_producer_that_shares_its_device_saves_on_demand(
     assert not any(store.block(5))
 
 
+@on_cpu
 def test_a_consumer_needs_no_memory_that_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = _pool(torch.int8, _CPU)
     with _as_a_device(monkeypatch, pool) as executor:
@@ -282,7 +316,7 @@ def test_a_gpu_that_is_not_seen_and_expandable_segments_are_refused() -> None:
     memory = memory_of(device)
     tensor = torch.zeros(2**22, dtype=torch.uint8, device=device)
     handle = bytearray(memory.export(tensor))
-    handle[:36] = b"00000000-0000-0000-0000-000000000000"
+    handle[:4] = b"none"
     with pytest.raises(OSError, match="not visible"):
         memory.open(bytes(handle), 2**22)
     with pytest.raises(ValueError, match="unpack requires"):

@@ -48,7 +48,7 @@ class Memory:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[CudaMemory]:
     """Three, of which the last has no access to the others."""
     monkeypatch.setattr(shared_memory, "_Driver", Driver)
-    monkeypatch.setattr(shared_memory, "_uuid", lambda index: f"GPU-{index}".ljust(36, "x"))
+    monkeypatch.setattr(shared_memory, "_uuid", lambda index: f"GPU-{index}")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: own != 2)
     return [CudaMemory(torch.device("cuda", index)) for index in range(3)]

@@ -21,7 +21,7 @@ from baton.types import KvRef
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.store import BufferStore
-from tests.kv_transfer.devices import make_device
+from tests.kv_transfer.devices import make_device, need_interpreter
 
 BLOCKS = 64
 TIMEOUT = 1.5
@@ -72,6 +72,8 @@ async def running(layout, time_to_live: float = 30.0, where: Sequence[str] = ())
 
 @pytest.fixture(params=["shm", "tcp", "cuda_ipc"])
 def transport(request) -> str:
+    if request.param == "cuda_ipc":
+        need_interpreter()
     return request.param
 
 
