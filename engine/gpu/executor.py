@@ -13,7 +13,9 @@ The plans are those of any executor, and so are the results.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,6 +27,7 @@ from engine.gpu.transfer import Stopwatch
 from engine.model.batch import BatchBuilder
 from engine.model.pool import KvPool
 from engine.model.runner import Threads, TorchExecutor
+from engine.model.swap import Swapper
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
 
@@ -70,10 +73,13 @@ class GpuExecutor(TorchExecutor):
         *,
         weight_dtype: str = "",
         swap_bandwidth: float = 0.0,
+        swapper: Swapper | None = None,
+        launcher: Callable[[BatchBuilder], Launcher] | None = None,
         ahead: bool = True,
     ) -> None:
         """`ahead`: compute what is likely before it is asked for; not for a prefill worker, whose
-        sequences do not go on. `swap_bandwidth`: most bytes per second each way, 0 for no limit."""
+        sequences do not go on. `swap_bandwidth` and `swapper` as in TorchExecutor; `launcher` makes
+        what runs the passes, if they are not over `pool`."""
         super().__init__(
             model,
             pool,
@@ -81,11 +87,14 @@ class GpuExecutor(TorchExecutor):
             Threads(0),
             weight_dtype=weight_dtype,
             swap_bandwidth=swap_bandwidth,
+            swapper=swapper,
         )
         self.taken = 0  # results that a guess had ready
         self.wasted = 0  # results of guesses that nobody wanted
         self.batches = BatchBuilder(pool.block_size)  # on the host: nothing waits for its copies
-        self._launcher = Launcher(model, pool, capacity, self.batches)
+        if launcher is None:
+            launcher = partial(Launcher, model, pool, capacity)
+        self._launcher = launcher(self.batches)
         self._ahead = ahead
         self._guess: Guess | None = None
 
@@ -95,6 +104,7 @@ class GpuExecutor(TorchExecutor):
         The seconds of the result are the device's where the pass was foreseen, which may have been
         long ago, else those of the call."""
         begun = time.perf_counter()
+        self._use_threads()
         with torch.inference_mode():
             self._swap(plan)
             sampled, prompt, watch = self._take(plan) if plan.chunks else ((), (), None)

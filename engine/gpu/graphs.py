@@ -34,6 +34,18 @@ class DecodeRows:
     slots: NDArray[Any]  # [n] int64
     tables: NDArray[Any]  # [n, blocks] int32
 
+    @classmethod
+    def at(cls, positions: NDArray[Any], tables: NDArray[np.int32], block_size: int) -> DecodeRows:
+        """Of these positions and block tables."""
+        last = tables[np.arange(len(positions)), positions // block_size].astype(np.int64)
+        return cls(positions, last * block_size + positions % block_size, tables)
+
+    def begun(self, block_size: int) -> list[int]:
+        """Blocks that the pass begins to fill and does not fill to the end."""
+        first = self.positions % block_size == 0
+        found: list[int] = (self.slots[first] // block_size).tolist()
+        return found if block_size > 1 else []
+
     def padded(self, rows: int) -> NDArray[Any]:
         """Slots, positions and contexts, [3, rows] int64, with spare rows at the end."""
         count = len(self.positions)
@@ -109,8 +121,9 @@ class _Graph:
         self._inputs = inputs
         model.logits(inputs, None, pool)  # kernels are compiled outside of the recording
         torch.cuda.synchronize()
+        # Other threads may look at events meanwhile: those that swap, and NCCL's.
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory):
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._logits = model.logits(inputs, None, pool)
 
     def replay(self, rows: DecodeRows, token_ids: Tensor) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from baton.types import Logprob
+from engine.attention.contract import Batch
 from engine.gpu.graphs import DecodeGraphs, DecodeRows
 from engine.gpu.kernels.blocks import clear
 from engine.gpu.model import GpuLlama
@@ -41,13 +44,66 @@ class Launched:
         return [(next(tokens) if chunk.sample else None, found) for chunk, found in pairs]
 
 
+class Others(Protocol):
+    """Processes that launch the same passes over their shards of the model, in the same order
+    (engine/parallel/lockstep.py). They are told before this one launches its share."""
+
+    def record(self) -> None:
+        """Have them record their graphs."""
+        ...
+
+    def batch(self, batch: Batch) -> None:
+        """Tell them of a pass, which lies in host memory."""
+        ...
+
+    def rows(self, rows: DecodeRows, token_ids: NDArray[np.int64] | None) -> None:
+        """Tell them of a generation pass; of tokens that the host does not know, `tokens` tells."""
+        ...
+
+    def tokens(self, token_ids: Tensor) -> Tensor:
+        """`token_ids` [n] int64, which they have now, too."""
+        ...
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """All columns of the logits, of which these are the first shard's: [n, vocab_size]."""
+        ...
+
+
+class Nobody:
+    """The Others of a model in one process."""
+
+    def record(self) -> None:
+        """Nobody to tell."""
+
+    def batch(self, batch: Batch) -> None:
+        """Nobody to tell."""
+
+    def rows(self, rows: DecodeRows, token_ids: NDArray[np.int64] | None) -> None:
+        """Nobody to tell."""
+
+    def tokens(self, token_ids: Tensor) -> Tensor:
+        """As they are."""
+        return token_ids
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """All of them."""
+        return logits
+
+
 class Launcher:
     """One model and one pool. Passes run in the order in which they are given."""
 
     def __init__(
-        self, model: GpuLlama, pool: KvPool, capacity: Capacity, batches: BatchBuilder
+        self,
+        model: GpuLlama,
+        pool: KvPool,
+        capacity: Capacity,
+        batches: BatchBuilder,
+        others: Others | None = None,
     ) -> None:
+        """`others`: where the model is one of several shards."""
         self._model, self._pool, self._batches = model, pool, batches
+        self._others = others or Nobody()
         self._device = pool.storage.device
         most = capacity.max_sequences * capacity.depth
         self._sampler = DeviceSampler(model.vocab_size, most, self._device)
@@ -55,6 +111,7 @@ class Launcher:
 
     def record(self) -> None:
         """Record the graphs of generation passes."""
+        self._others.record()
         self._graphs.record()
 
     def chunks(self, chunks: list[Chunk]) -> Launched:
@@ -64,11 +121,16 @@ class Launcher:
         singles = plan.tokens == len(chunks) and all(chunk.sample for chunk in chunks)
         if singles and self._graphs.holds(len(chunks)):
             ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks])
-            logits = self._graphs.run(self._rows(plan.chunks), to_device(ids, self._device))
+            rows = self._rows(plan.chunks)
+            self._others.rows(rows, ids)
+            logits = self._others.logits(self._graphs.run(rows, to_device(ids, self._device)))
             return Launched(chunks, self._draw(chunks, logits))
         batch, places = self._batches.build(plan)
+        self._others.batch(batch)
         batch = batch_to_device(batch, self._device)
-        logits = self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
+        logits = self._others.logits(
+            self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
+        )
         prompt = [
             prompt_logprobs_of(chunk, place, logits)
             for chunk, place in zip(chunks, places, strict=True)
@@ -92,8 +154,10 @@ class Launcher:
         chunks = tuple(Chunk(sequence, at, 1, sample=True) for sequence, at in pairs)
         self._clear(begun_blocks(StepPlan(chunks), self._pool.block_size))
         watch = Stopwatch(self._device)
-        ids = tokens[to_device(np.array(sources), self._device)]
-        logits = self._graphs.run(self._rows(chunks), ids)
+        rows = self._rows(chunks)
+        self._others.rows(rows, None)
+        ids = self._others.tokens(tokens[to_device(np.array(sources), self._device)])
+        logits = self._others.logits(self._graphs.run(rows, ids))
         lengths = [at + 1 for at in positions]
         launched = Launched(chunks, self._sampler.draw(logits, sequences, lengths, ids))
         watch.stop()
@@ -114,8 +178,7 @@ class Launcher:
         size = self._pool.block_size
         at = np.array([chunk.start for chunk in chunks])
         tables = self._batches.tables(chunks)
-        last = tables[np.arange(len(at)), at // size]
-        return DecodeRows(at, last * size + at % size, tables.astype(np.int32))
+        return DecodeRows.at(at, tables.astype(np.int32), size)
 
 
 def _row(place: ChunkRows, whole_rows: int) -> int:

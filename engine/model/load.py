@@ -136,6 +136,8 @@ def _executor(
         )
     make: Callable[..., TorchExecutor] = TorchExecutor
     if built.ranks > 1:
+        if _parallel(built.model).lockstep:
+            return _leading(built, pool, capacity, ahead=ahead)
         from engine.parallel.executor import ParallelExecutor
 
         make = ParallelExecutor
@@ -148,6 +150,13 @@ def _executor(
         choice=built.choice,
         swap_bandwidth=swap_bandwidth,
     )
+
+
+def _leading(built: Built, pool: KvPool, capacity: Capacity, *, ahead: bool) -> TorchExecutor:
+    from engine.parallel.leading import LeadingExecutor
+
+    model = _parallel(built.model)
+    return LeadingExecutor(model, pool, capacity, weight_dtype=built.weight_dtype, ahead=ahead)
 
 
 def _free_memory(
@@ -246,7 +255,7 @@ def _open_ranks(
 ) -> None:
     from engine.parallel.store import Room
 
-    _parallel(model).open(memory, Room(capacity.blocks, capacity.host_blocks, swap_bandwidth))
+    _parallel(model).open(memory, Room(capacity, swap_bandwidth))
 
 
 def _parallel(model: PagedModel) -> ParallelModel:

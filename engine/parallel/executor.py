@@ -32,12 +32,34 @@ class Handle:
     output: Output | None = None
 
 
-class ParallelExecutor(TorchExecutor):
+class OverRanks(TorchExecutor):
+    """What executors over a model that has been opened have in common. Ends the ranks when it is
+    closed."""
+
+    _parallel: ParallelModel
+
+    @property
+    def staging(self) -> StagedBlocks | None:
+        """See TorchExecutor."""
+        return self._parallel.staging
+
+    def close(self) -> None:
+        """End the ranks, and the threads that swap. Idempotent."""
+        super().close()
+        self._parallel.close()
+
+    def _clear(self, blocks: Items[int]) -> None:
+        """Pools that ranks have of their own are cleared with the passes."""
+        if self.staging is None:
+            super()._clear(blocks)
+
+
+class ParallelExecutor(OverRanks):
     """An Executor over a model that has been started, and a Pipeline (engine/executor.py) if it has
     stages: while the later ones compute, this process runs the first one of the next pass."""
 
     def __init__(self, model: ParallelModel, *arguments: Any, **options: Any) -> None:
-        """As TorchExecutor, over the worker's pool. Ends the ranks when it is closed."""
+        """As TorchExecutor, over the worker's pool."""
         super().__init__(model, *arguments, swapper=model.swapper(), **options)
         self._parallel, self._device = model, model.device
         self._ended = 0.0  # when the last result was there
@@ -63,20 +85,6 @@ class ParallelExecutor(TorchExecutor):
             with torch.inference_mode():
                 output = self._parallel.finish(handle.batch, handle.output)
                 outcome = self._outcome(handle.plan, handle.rows, output)
+            self._parallel.require_ranks()
         begun, self._ended = max(handle.begun, self._ended), time.perf_counter()
         return StepResult(*outcome, self._ended - begun, swapped=self._swapper.collect())
-
-    @property
-    def staging(self) -> StagedBlocks | None:
-        """See TorchExecutor."""
-        return self._parallel.staging
-
-    def _clear(self, blocks: Items[int]) -> None:
-        """Pools that ranks have of their own are cleared with the passes."""
-        if self.staging is None:
-            super()._clear(blocks)
-
-    def close(self) -> None:
-        """End the ranks, and the threads that swap. Idempotent."""
-        super().close()
-        self._parallel.close()

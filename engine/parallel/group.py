@@ -42,7 +42,9 @@ class Rendezvous:
         nccl: Any = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = self._timeout
-        return nccl(store, rank, size, options)
+        group = nccl(store, rank, size, options)
+        group.eager_connect_single_device(self._device)  # not while a graph is recorded
+        return group
 
 
 class Group:
@@ -54,9 +56,20 @@ class Group:
         self._backend = backend
         self.rank, self.size = rank, size
 
+    def abort(self) -> None:
+        """Let what waits for other ranks end, on a GPU too; what it gives then means nothing."""
+        self._backend.abort()
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of everybody's contiguous `x`, bit for bit the same on all ranks. In place."""
         self._backend.allreduce([x]).wait()
+        return x
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """What number 0 has in `x`, on all ranks. In place."""
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        self._backend.broadcast([x], options).wait()
         return x
 
     def gather(self, x: Tensor) -> list[Tensor] | None:

@@ -34,6 +34,8 @@ class Kind(IntEnum):
     LOAD = 5
     SWAP_OUT = 6
     SWAP_IN = 7
+    ROWS = 8  # launch a generation pass (engine/parallel/lockstep.py)
+    RECORD = 9  # record the graphs of generation passes
 
 
 @dataclass(frozen=True, slots=True)

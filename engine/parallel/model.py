@@ -11,6 +11,7 @@ import torch
 from engine.attention.contract import Batch, KvCache
 from engine.executor import ExecutorBroken
 from engine.gpu import memory as gpu_memory
+from engine.model.batch import BatchBuilder
 from engine.model.config import ModelConfig
 from engine.model.llama import Shape
 from engine.model.memory import Memory
@@ -23,8 +24,11 @@ from engine.parallel.stage import Setup, Stage
 from engine.parallel.store import MappedStore, OwnStore, Room, open_store, portion_of
 from engine.parallel.team import Team, device_of
 from engine.parallel.topology import Topology
+from scheduling.plan import Capacity
 
 if TYPE_CHECKING:
+    from engine.gpu.launcher import Launcher
+    from engine.gpu.model import GpuLlama
     from engine.parallel.joint import JointStaging
 
 
@@ -62,6 +66,7 @@ class ParallelModel:
         self.device = torch.device(device_of(options.device, 0))
         self._config, self._options, self._dtype = config, options, dtype
         self._fused, self.threads, self._patience = fused, threads, patience
+        self.lockstep = fused and self.topology.pipeline == 1
         self._team: Team | None = None
         self._stage: Stage | None = None
         self._store: MappedStore | OwnStore | None = None
@@ -78,6 +83,7 @@ class ParallelModel:
             attention_backend=self._options.attention_backend,
             fused=self._fused,
             quantization=self._options.quantization,
+            lockstep=self.lockstep,
             geometry=geometry,
             own_pools=self.device.type != "cpu" or self._options.attention_backend == "triton",
             threads=self.threads,
@@ -88,6 +94,7 @@ class ParallelModel:
             self._setup = replace(setup, rendezvous=self._team.rendezvous)
             self._stage = Stage(self._setup)
             self._team.wait_ready()
+            self._team.watch(self._stage.abort)
         except BaseException:
             self.close()
             raise
@@ -113,6 +120,32 @@ class ParallelModel:
         team = self._team
         assert team is not None
         return Swapper(lambda on_end: JointCopies(team, store, on_end))
+
+    def launcher(self, capacity: Capacity, batches: BatchBuilder) -> Launcher:
+        """What gives passes to all ranks where they run in lockstep."""
+        from engine.gpu.launcher import Launcher
+        from engine.parallel.lockstep import Leader
+
+        assert self._team is not None and isinstance(self._store, OwnStore)
+        assert self._stage is not None and self._stage.shards is not None
+        others = Leader(self._team, self._stage.shards, self.vocab_size)
+        return Launcher(self.fused_model(), self._store.pool, capacity, batches, others)
+
+    def fused_model(self) -> GpuLlama:
+        """Rank 0's part, where ranks run Triton's kernels."""
+        assert self._stage is not None
+        return self._stage.fused_model()
+
+    def require_ranks(self) -> None:
+        """Raise ExecutorBroken if a rank has ended: what a pass has given since means nothing."""
+        assert self._team is not None
+        if self._team.lost:
+            raise ExecutorBroken(self._team.lost)
+
+    def obituary(self) -> str:
+        """What became of the other ranks, for people."""
+        assert self._team is not None
+        return self._team.obituary()
 
     def begin_trial(self) -> None:
         """From now on, what the ranks take of their GPUs is measured. Raises ExecutorBroken."""

@@ -19,15 +19,21 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.gpu.memory import Memory, begin_trial, end_trial
 from engine.model.memory import map_memory
+from engine.model.pool import KvPool
 from engine.model.runner import Threads
 from engine.parallel.message import Kind, Move, kind_of, pack_output, unpack, unpack_move
 from engine.parallel.stage import Setup, Stage
 from engine.parallel.store import MappedStore, OwnStore, Room, open_store
+from scheduling.plan import Capacity
+
+if TYPE_CHECKING:
+    from engine.parallel.lockstep import Follower
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class Rank:
         self._stage = Stage(setup)
         self._store: MappedStore | OwnStore | None = None
         self._mover: Mover | None = None
+        self._follower: Follower | None = None
         self._tells = setup.topology.rank == setup.topology.teller
         self._tell: Callable[[bytes], None] = connection.send_bytes
         if setup.topology.pipeline > 1 and self._tells:
@@ -68,8 +75,9 @@ class Rank:
     def do(self, message: bytes) -> None:
         """What a message asks for."""
         match kind_of(message):
-            case Kind.PASS:
-                self._run(message)
+            case Kind.PASS | Kind.ROWS | Kind.RECORD:
+                with torch.inference_mode():
+                    self._run(message)
             case Kind.OPEN:
                 self._open(self._connection.recv(), reduction.recv_handle(self._connection))
             case Kind.TRIAL:
@@ -86,12 +94,14 @@ class Rank:
             self._mover.close()
 
     def _run(self, message: bytes) -> None:
+        if self._follower is not None:
+            self._follower.do(message)
+            return
         assert self._store is not None
-        with torch.inference_mode():
-            batch = self._store.place(unpack(message, self._setup.geometry.block_size))
-            output = self._stage.run(batch, self._store.cache)
-            if output is not None and self._tells:
-                self._tell(pack_output(output))
+        batch = self._store.place(unpack(message, self._setup.geometry.block_size))
+        output = self._stage.run(batch, self._store.cache)
+        if output is not None and self._tells:
+            self._tell(pack_output(output))
 
     def _measure(self) -> Memory:
         """What was taken since the trial began; gives the pool up."""
@@ -103,16 +113,26 @@ class Rank:
     def _open(self, room: Room, fd: int) -> None:
         """Begin with a new pool."""
         self._give_up()  # before the next one takes its memory
-        memory = map_memory(fd, room.blocks * self._setup.geometry.block_bytes)
+        memory = map_memory(fd, room.capacity.blocks * self._setup.geometry.block_bytes)
         os.close(fd)
         self._store = store = open_store(self._setup, room, memory)
         if isinstance(store, OwnStore):
             self._mover = Mover(store, self._saying)
+            if self._setup.lockstep:
+                self._follower = follower(self._stage, store.pool, room.capacity)
         self._tell(READY)
 
     def _give_up(self) -> None:
         self.close()
-        self._store = self._mover = None
+        self._store = self._mover = self._follower = None
+
+
+def follower(stage: Stage, pool: KvPool, capacity: Capacity) -> Follower:
+    """One that does its share of launches in `pool`."""
+    from engine.parallel.lockstep import Follower
+
+    assert stage.shards is not None
+    return Follower(stage.fused_model(), pool, capacity, stage.shards)
 
 
 class Teller:

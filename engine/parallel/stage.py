@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from engine.model.pool import KvGeometry
 from engine.parallel.group import Group, Rendezvous
 from engine.parallel.shard import Shard, ShardedCheckpoint
 from engine.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from engine.gpu.model import GpuLlama
 
 MODELS = {
     "LlamaForCausalLM": "engine.model.llama:Llama",
@@ -43,6 +46,7 @@ class Setup:
     attention_backend: str
     fused: bool  # the model is an engine.gpu.model.GpuLlama
     quantization: str
+    lockstep: bool  # ranks are shards that run the same launches (engine/parallel/lockstep.py)
     geometry: KvGeometry  # of whole blocks
     own_pools: bool  # each rank has a pool of its own (engine/parallel/store.py)
     threads: int
@@ -73,9 +77,9 @@ class Stage:
         checkpoint = ShardedCheckpoint(config.path, setup.dtype, device, topology)
         assert setup.rendezvous is not None
         meeting = Rendezvous(setup.rendezvous, topology.ranks, device, setup.patience)
-        shards = _group(meeting, f"stage-{topology.stage}", topology.shard, topology.tensor)
+        self.shards = _group(meeting, f"stage-{topology.stage}", topology.shard, topology.tensor)
         self._line = _group(meeting, f"shard-{topology.shard}", topology.stage, topology.pipeline)
-        self._part = Shard(topology, shards)
+        self._part = Shard(topology, self.shards)
         self._model = _model(setup, checkpoint, self._part)
         self._topology, self.dtype = topology, setup.dtype
         self._hidden, self._vocab_size = config.hidden_size, config.vocab_size
@@ -92,6 +96,21 @@ class Stage:
         if not len(batch.logit_rows):
             return Output.of(x[:0], batch)
         return self._part.output(self._model.logits(x, batch), batch, self._vocab_size)
+
+    def abort(self) -> None:
+        """Stop waiting for a rank that is lost: on a GPU nothing else would. Gloo sees broken
+        connections by itself."""
+        if self.device.type == "cuda":
+            for group in (self.shards, self._line):
+                if group is not None:
+                    group.abort()
+
+    def fused_model(self) -> GpuLlama:
+        """Its part of a model whose ranks are `fused`."""
+        from engine.gpu.model import StagedGpuLlama
+
+        assert isinstance(self._model, StagedGpuLlama)
+        return self._model.model
 
     def _receive(self, batch: Batch) -> Tensor:
         shape = (len(batch.token_ids), self._hidden)

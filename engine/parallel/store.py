@@ -22,14 +22,14 @@ from engine.model.swap_lane import OnEnd
 from engine.parallel.cache import PartialCache
 from engine.parallel.stage import Setup
 from engine.parallel.topology import Topology
+from scheduling.plan import Capacity
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """How much KV all ranks keep."""
 
-    blocks: int
-    host_blocks: int  # of sequences that are swapped out
+    capacity: Capacity
     swap_bandwidth: float  # bytes per second each way, of all ranks together; 0 for no limit
 
 
@@ -37,7 +37,7 @@ def open_store(setup: Setup, room: Room, shared: memoryview) -> MappedStore | Ow
     """The KV of the rank that `setup` is for; `shared` is the memory of the worker's pool."""
     if setup.own_pools:
         return OwnStore(setup, room, shared)
-    return MappedStore(KvPool(setup.geometry, room.blocks, buffer=shared), setup.topology)
+    return MappedStore(KvPool(setup.geometry, room.capacity.blocks, buffer=shared), setup.topology)
 
 
 def portion_of(geometry: KvGeometry, topology: Topology) -> Portion:
@@ -65,14 +65,15 @@ class OwnStore:
 
         portion = portion_of(setup.geometry, setup.topology)
         self._room, self._ranks = room, setup.topology.ranks
-        self.pool = KvPool(portion.geometry(), room.blocks, device=setup.device)
+        self.pool = KvPool(portion.geometry(), room.capacity.blocks, device=setup.device)
         self.cache: KvCache = OwnCache(self.pool, portion.layers)
         self.staging = Staging(self.pool, shared, portion)
 
     def copies(self, on_end: OnEnd) -> PoolCopies:
         """What swaps this rank's share of blocks; see engine.model.swap.Copies."""
         bandwidth = self._room.swap_bandwidth / self._ranks
-        return PoolCopies(self.pool, self._room.host_blocks, on_end, bandwidth=bandwidth)
+        host_blocks = self._room.capacity.host_blocks
+        return PoolCopies(self.pool, host_blocks, on_end, bandwidth=bandwidth)
 
     def place(self, batch: Batch) -> Batch:
         """A batch where the rank computes, from host memory; the blocks that it begins are clear

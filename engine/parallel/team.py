@@ -44,6 +44,8 @@ class Team:
         setup = replace(setup, rendezvous=self.rendezvous)
         self._members: list[_Member] = []
         self._telling = threading.Lock()
+        self._closing = threading.Event()
+        self.lost = ""  # what is known of a rank that ended by itself, for people
         configuration = type(setup.config.source).__module__  # takes transformers seconds to import
         _processes.set_forkserver_preload(
             [main.__module__, configuration, model_module(setup.config, fused=setup.fused)]
@@ -55,6 +57,18 @@ class Team:
             self.close()
             raise
         self._moves = _Moves(self._members, self.obituary)
+
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        """From now on, have `lost` set when a rank ends by itself, and then `on_loss` called, on a
+        thread of its own."""
+
+        def look() -> None:
+            wait([member.process.sentinel for member in self._members])
+            if not self._closing.is_set():
+                self.lost = self.obituary()
+                on_loss()
+
+        threading.Thread(target=look, name="watch", daemon=True).start()
 
     def wait_ready(self) -> None:
         """Return when all are ready. Raises ExecutorBroken if one ends before."""
@@ -115,10 +129,12 @@ class Team:
 
     def close(self) -> None:
         """End them, by force if need be. Idempotent."""
+        self._closing.set()
         for member in self._members:
             member.dismiss()
+        deadline = time.monotonic() + _GRACE_SECONDS
         for member in self._members:
-            member.end()
+            member.end(max(0.0, deadline - time.monotonic()))
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _from(self, member: _Member, seconds: float) -> bytes:
@@ -212,9 +228,9 @@ class _Member:
         with contextlib.suppress(OSError):
             self.connection.send_bytes(END)
 
-    def end(self) -> None:
-        """See to it that it has ended."""
-        self.process.join(_GRACE_SECONDS)
+    def end(self, grace: float) -> None:
+        """See to it that it has ended, by force after `grace` seconds."""
+        self.process.join(grace)
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
