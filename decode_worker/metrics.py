@@ -29,6 +29,12 @@ class DecodeMetrics(EngineMetrics):
             ["direction"],
             registry=registry,
         )
+        self._pulled = Counter(
+            "baton_decode_kv_pulled_bytes",
+            "KV that came from prefill workers",
+            ["transport"],
+            registry=registry,
+        )
         self._mispredictions = Counter(
             "baton_decode_length_mispredictions",
             "sequences that outlived the allotment predicted for them",
@@ -47,6 +53,10 @@ class DecodeMetrics(EngineMetrics):
             self._preemptions.labels(kind)
         for direction in ("out", "in"):
             self._swapped.labels(direction)
+
+    def pulled(self, transport: str, size: int) -> None:
+        """So many bytes of KV came by this transport."""
+        self._pulled.labels(transport).inc(size)
 
     def residency(self, now: Counters) -> None:
         """The scheduler's counters stand at `now`."""

@@ -162,7 +162,10 @@ class DecodeWorker:
             if ref.blocks > len(sequence.blocks) or ref.tokens != len(sequence.tokens):
                 raise InvalidRequest.of("kv", f"{ref.blocks} blocks do not fit the reservation")
             skip = sequence.cached // self._block_size
-            slot.kv = await self._consumer.pull(ref, sequence.blocks[skip : ref.blocks], skip)
+            slot.kv = report = await self._consumer.pull(
+                ref, sequence.blocks[skip : ref.blocks], skip
+            )
+            self._metrics.pulled(report.transport, report.bytes)
         except Exception as error:
             # Whatever went wrong with the bytes, the tokens are here: recompute.
             log.warning("KV of request %s is recomputed: %s", slot.request_id, error)

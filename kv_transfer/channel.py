@@ -177,6 +177,7 @@ class GrpcDialer:
         except BaseException:
             await channel.close(None)
             raise
+        log.info("producer %s: KV comes by %s", engine.engine_id, reader.transport)
         return GrpcPeer(channel, stub, engine, reader, self._stall)
 
     async def close(self) -> None:

@@ -1,10 +1,10 @@
 """The KV of a device pool as the hand-off sees it: the same blocks in host memory.
 
 A prefill worker saves the blocks that a pass has finished: before their lease says that they are
-final, or if others can copy from the device itself (device_blocks.py), only for those who cannot. A
-decode worker loads the blocks that a pull has brought, before their sequence runs. Either way many
-blocks are gathered into one buffer on the device, cross the bus in one copy, and go beside the
-passes, on a stream of their own.
+final, or if others can copy from the device itself (device_blocks.py), only for those who cannot.
+What it has found of a prefix has been saved before, then. A decode worker loads the blocks that a
+pull has brought, before their sequence runs. Either way many blocks are gathered into one buffer on
+the device, cross the bus in one copy, and go beside the passes, on a stream of their own.
 """
 
 from __future__ import annotations

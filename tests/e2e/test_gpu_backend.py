@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from triton.runtime.interpreter import GridExecutor
 
 from engine.gpu.staging import Staging
-from kv_transfer.consumer import PullConsumer
+from tests.cluster import Served
 from tests.e2e.conftest import name_every_token
 from tests.engine.conftest import VOCAB, TinyModel, one_layer, save_model
 
@@ -44,7 +47,6 @@ def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 class HandOff:
     """What happened on the way."""
 
-    transports: set[str] = field(default_factory=set)
     saved: int = 0  # blocks
     loaded: int = 0
 
@@ -53,12 +55,7 @@ class HandOff:
 def hand_off(monkeypatch: pytest.MonkeyPatch) -> HandOff:
     """The hand-off of workers whose pools count as a device's."""
     monkeypatch.setattr("engine.host_blocks._on_host", lambda pool: False)
-    seen, pull, save, load = HandOff(), PullConsumer.pull, Staging.save, Staging.load
-
-    async def pulled(self: Any, *arguments: Any, **options: Any) -> Any:
-        report = await pull(self, *arguments, **options)
-        seen.transports.add(report.transport)
-        return report
+    seen, save, load = HandOff(), Staging.save, Staging.load
 
     def saved(self: Any, blocks: Any, **options: Any) -> None:
         seen.saved += len(blocks)
@@ -68,7 +65,6 @@ def hand_off(monkeypatch: pytest.MonkeyPatch) -> HandOff:
         seen.loaded += len(blocks)
         load(self, blocks)
 
-    monkeypatch.setattr(PullConsumer, "pull", pulled)
     monkeypatch.setattr(Staging, "save", saved)
     monkeypatch.setattr(Staging, "load", loaded)
     return seen
@@ -94,8 +90,8 @@ async def test_kv_is_handed_over_and_generation_goes_on(
             *(client.generate_unary(prompt, max_tokens=6, ignore_eos=True) for prompt in prompts)
         )
         await stack.quiet()
+        assert stack.decoded("kv_pulled_bytes_total", transport=transport) > 0
     assert "is recomputed" not in caplog.text
-    assert hand_off.transports == {transport}
     through_host = hand_off.saved > 0, hand_off.loaded > 0
     assert through_host == ((False, False) if transport == "cuda_ipc" else (True, True))
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -103,3 +99,21 @@ async def test_kv_is_handed_over_and_generation_goes_on(
         assert len(tokens) == 6
         if kv_dtype == "auto":
             small.assert_generates(prompt, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_two_workers_on_one_gpu_hand_kv_over_on_it() -> None:
+    served = Served("--device=cuda", "--kv-blocks=256", "--max-batch-sequences=4")
+    try:
+        command = [sys.executable, "-m", "launcher", "generate", "What does len do?"]
+        result = subprocess.run(
+            [*command, "--address", served.address], capture_output=True, text=True, timeout=120
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        served.wait_for_log("KV comes by cuda_ipc")
+        assert not any("is recomputed" in line for line in served.log)
+    finally:
+        served.stop()

@@ -21,7 +21,8 @@ from engine.gpu.kernels.launch import tuned
 _WORD = torch.int64
 
 
-@triton.jit(do_not_specialize=["first"])
+# Block numbers are taken one by one, from the middle of a tensor too: no variant for its alignment.
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["sources", "targets"])
 def _digest(
     source,  # [blocks, words]
     target,  # [blocks, words], or None to copy nothing
