@@ -314,6 +314,9 @@ class ServeConfig(ProcessConfig):
     host_kv_memory: Annotated[int, Field(ge=0)] = Field(
         0, description="bytes of host memory per decode worker for the KV of preempted sequences"
     )
+    prefix_cache: bool = Field(
+        True, description="reuse the KV of prompts that begin as others of their tenant did"
+    )
     policy: Literal["fcfs", "mlfq", "skip-join-mlfq", "predicted-srpt"] = Field(
         "predicted-srpt", description="order in which requests wait and sequences run"
     )

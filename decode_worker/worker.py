@@ -227,8 +227,9 @@ class DecodeWorker:
         for link in touched:
             link.flush(self.engine.steps)
         with self.engine.lock:
-            counters = self._scheduler.counters
+            counters, prefixes = self._scheduler.counters, self._scheduler.prefixes
         self._metrics.residency(counters)
+        self._metrics.prefixes(prefixes)
         self._metrics.load(self.load())
 
     def _account(self, plan: StepPlan, seconds: float) -> None:

@@ -7,6 +7,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from baton.telemetry import STEP_BUCKETS, TOKEN_BUCKETS
 from baton.types import Load
 from scheduling.plan import StepPlan
+from scheduling.prefix import PrefixCounters
 
 
 class EngineMetrics:
@@ -34,6 +35,15 @@ class EngineMetrics:
             own("mlfq_demotions"), "sequences that sank", ["from", "to"], registry=registry
         )
         self.boosts = Counter(own("mlfq_boosts"), "sequences that rose", registry=registry)
+        self.looked_up = Counter(
+            own("prefix_lookup_tokens"),
+            "tokens of sequences that were looked up in the prefix cache",
+            registry=registry,
+        )
+        self.found = Counter(
+            own("prefix_hit_tokens"), "those of them that were found", registry=registry
+        )
+        self._prefixes = PrefixCounters()
 
     def step(self, plan: StepPlan, seconds: float) -> None:
         """Account one pass, if the plan is one."""
@@ -50,6 +60,12 @@ class EngineMetrics:
             self.demotions.labels(str(before), str(after)).inc()
         elif after < before:
             self.boosts.inc()
+
+    def prefixes(self, now: PrefixCounters) -> None:
+        """The scheduler's counters stand at `now`."""
+        last, self._prefixes = self._prefixes, now
+        self.looked_up.inc(now.looked_up - last.looked_up)
+        self.found.inc(now.found - last.found)
 
     def load(self, load: Load) -> None:
         """Show how busy the worker is."""

@@ -109,6 +109,9 @@ class PrefillWorker:
                 case _:
                     if job := self._jobs.get(event.request_id):
                         self._fail(job, EngineFailed("the engine failed"))
+        with self.engine.lock:
+            prefixes = self._scheduler.prefixes
+        self._metrics.prefixes(prefixes)
         self._metrics.load(self.load())
 
     def _started(self, job: Job, blocks: list[int]) -> None:

@@ -40,7 +40,7 @@ from scheduling.group import Group, Groups
 from scheduling.in_flight import InFlight
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
-from scheduling.prefix import BlockKeys
+from scheduling.prefix import BlockKeys, PrefixCounters
 from scheduling.proactive import ProactiveSwaps
 from scheduling.prompt import PromptRecord
 from scheduling.residency import Counters, Residency
@@ -307,6 +307,11 @@ class DecodeScheduler:
     def counters(self) -> Counters:
         """What has happened since the start."""
         return replace(self._kv.counters, waits=self._waits, stalls=self._stalls)
+
+    @property
+    def prefixes(self) -> PrefixCounters:
+        """What was found of sequences' tokens since the start."""
+        return self._kv.prefixes.counters
 
     @property
     def opens_at(self) -> float | None:

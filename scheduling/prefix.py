@@ -24,11 +24,11 @@ BlockKeys = Callable[[Items[int], int, bytes], list[bytes]]
 """As `baton.prefix.block_keys`."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PrefixCounters:
-    """Tokens since the start, of sequences when they got their blocks."""
+    """Tokens since the start, of sequences that were looked up when they got their blocks."""
 
-    looked_up: int = 0  # that could have been found
+    looked_up: int = 0
     found: int = 0
 
 
@@ -57,8 +57,10 @@ class PrefixCache:
     def count(self, sequence: Sequence) -> None:
         """It has got its blocks, `cached` of its tokens among them."""
         if self._looks_up(sequence):
-            self.counters.looked_up += len(sequence.tokens)
-            self.counters.found += sequence.cached
+            self.counters = PrefixCounters(
+                self.counters.looked_up + len(sequence.tokens),
+                self.counters.found + sequence.cached,
+            )
 
     def keep(self, sequence: Sequence) -> None:
         """Let others find those of its blocks that are full of computed tokens. No pass that runs

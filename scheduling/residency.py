@@ -36,8 +36,6 @@ class Counters:
     swapped_in: int = 0
     blocks_out: int = 0
     blocks_in: int = 0
-    looked_up: int = 0  # tokens, of sequences that got blocks, that might have been known
-    found: int = 0  # those that were
     mispredictions: int = 0  # sequences that outlived the allotment predicted for them
     waits: int = 0  # plans that could run nothing because of unfinished swaps
     stalls: int = 0  # passes that computed only when their swaps were complete
@@ -81,8 +79,6 @@ class Residency:
             swapped_in=self._swapped_in,
             blocks_out=self._blocks_out,
             blocks_in=self._blocks_in,
-            looked_up=self.prefixes.counters.looked_up,
-            found=self.prefixes.counters.found,
             mispredictions=self.reservations.mispredictions,
         )
 
@@ -258,6 +254,7 @@ class Residency:
         self.reservations.resubmit(sequence)
         sequence.preemptions += 1
         self._swapped_out += 1
+        sequence.cached = 0  # it will come back to blocks of its own
         sequence.move(Phase.LEAVING)
         self.moving[sequence] = None
         self.swaps.out(sequence, now)
@@ -271,7 +268,7 @@ class Residency:
         if self.shortage(sequence, self.blocks.free, among) > 0:
             return False
         sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
-        sequence.kept = sequence.cached = 0
+        sequence.kept = 0
         del self.swapped[sequence]
         self.reservations.enter(sequence)
         self._unreserved += not sequence.allotment
@@ -294,7 +291,6 @@ class Residency:
         else:
             sequence.host_blocks = []
             self._unreserved -= not sequence.allotment
-            self.prefixes.keep(sequence)
             self._run(sequence)
 
     def grow(self, sequence: Sequence) -> bool:

@@ -30,6 +30,7 @@ from kv_transfer.producer import LeaseProducer
 from prefill_worker.worker import PrefillWorker
 from scheduling.cost import LinearCost
 from scheduling.decode import DecodeScheduler
+from scheduling.events import Prefilled
 from scheduling.order import make_policy
 from scheduling.plan import Capacity
 from scheduling.prefill import PrefillScheduler
@@ -118,6 +119,7 @@ class Pair:
             reserve_timeout=0.3,
         )
         self.heard: defaultdict[int, Heard] = defaultdict(Heard)
+        self.prefilled: dict[int, Prefilled] = {}
         self._changed = asyncio.Condition()
 
     async def __aenter__(self) -> Pair:
@@ -182,10 +184,15 @@ class Pair:
             else:
                 heard = self.heard[slot]
                 heard.tokens.setdefault(0, []).extend(news.output.token_ids)
+                self.prefilled[slot] = news
                 first = news.output.token_ids[0]
                 self.decode.activate(self.link, slot, Activation(Claim(1000 + slot), first))
         assert ref is not None
         return ref
+
+    def metric(self, name: str) -> float | None:
+        """What Prometheus is told as `baton_{name}`."""
+        return self.registry.get_sample_value(f"baton_{name}")
 
     async def finished(self, slot: int, sequences: int = 1) -> Heard:
         """Wait for the end of all sequences of a slot."""

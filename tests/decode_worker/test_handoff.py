@@ -28,6 +28,55 @@ async def test_tokens_after_a_hand_off_are_those_of_one_engine(pair: Pair, promp
     await pair.all_free()
 
 
+async def test_the_next_turn_brings_only_what_is_new(pair: Pair) -> None:
+    first = request("a", 18, new=9)
+    pair.start(1, first)
+    await pair.hand_off(1, first)
+    said = (*first.prompt_ids, *(await pair.finished(1)).tokens[0])
+    await pair.all_free()
+    second = replace(first, id="b", prompt_ids=(*said, 5, 6, 7))
+    pair.start(2, second)
+    await pair.hand_off(2, second)
+    heard = await pair.finished(2)
+    assert heard.tokens[0] == expected(second)
+    arrived = heard.event("kv_arrived")
+    assert arrived is not None
+    # Of 30 tokens in eight blocks, 26 were here: the last one of an answer is never computed.
+    assert arrived.kv_arrived.bytes == (8 - 6) * 16
+    assert pair.prefilled[2].cached == 16  # what the prefill worker knows ends with the prompt
+    assert pair.metric("prefill_prefix_hit_tokens_total") == 16
+    assert pair.metric("decode_prefix_hit_tokens_total") == 24
+    assert pair.metric("decode_prefix_lookup_tokens_total") == 18 + 30
+    await pair.all_free()
+
+
+async def test_a_prompt_that_is_here_costs_one_block(pair: Pair) -> None:
+    many = {slot: request("same", 20, new=4 + slot) for slot in (1, 2, 3)}
+    for slot, one in many.items():
+        pair.start(slot, one)
+        await pair.hand_off(slot, one)
+        assert (await pair.finished(slot)).tokens[0] == expected(one)
+    moved = [pair.heard[slot].event("kv_arrived") for slot in many]
+    assert [event.kv_arrived.bytes // 16 for event in moved if event] == [5, 1, 1]
+
+
+async def test_a_corrupt_rest_is_recomputed_from_what_is_here(pair: Pair) -> None:
+    first = request("a", 18, new=4)
+    pair.start(1, first)
+    await pair.hand_off(1, first)
+    await pair.finished(1)
+    pair.network.faults.flip_bit_of = {5}
+    second = replace(first, id="b", prompt_ids=(*first.prompt_ids, *range(10)))
+    pair.start(2, second)
+    await pair.hand_off(2, second)
+    heard = await pair.finished(2)
+    assert heard.tokens[0] == expected(second)
+    arrived = heard.event("kv_arrived")
+    assert arrived is not None
+    assert arrived.kv_arrived.recomputed
+    await pair.all_free()
+
+
 async def test_many_at_once_share_nothing(pair: Pair) -> None:
     many = {slot: request(f"r{slot}", 3 + 5 * slot % 23, new=4 + slot) for slot in range(1, 9)}
     for slot, one in many.items():

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from baton.errors import AlreadyExists, InvalidRequest, Overloaded
+from baton.prefix import block_keys
 from baton.types import Finish, FinishReason, Load, PriorOutput, Request, Sampling, Stopping
 from engine.simulated import CostModelExecutor, checksum_token, expected_tokens
 from scheduling.cost import LinearCost
@@ -22,6 +23,7 @@ from scheduling.events import PrefillAdvanced, Prefilled, PrefillStarted, Reques
 from scheduling.order import make_policy
 from scheduling.plan import Capacity, StepPlan
 from scheduling.prefill import PrefillScheduler
+from scheduling.prefix import PrefixCounters
 from scheduling.sequence import Phase
 
 TOKEN_OF = checksum_token(1000)
@@ -30,8 +32,10 @@ TOKEN_OF = checksum_token(1000)
 class Worker:
     """A scheduler with an executor, stepped by hand."""
 
-    def __init__(self, capacity: Capacity, max_waiting: int = 100) -> None:
-        self.scheduler = PrefillScheduler(capacity, make_policy("fcfs"), max_waiting=max_waiting)
+    def __init__(self, capacity: Capacity, max_waiting: int = 100, keys=None) -> None:
+        self.scheduler = PrefillScheduler(
+            capacity, make_policy("fcfs"), max_waiting=max_waiting, block_keys=keys
+        )
         self.executor = CostModelExecutor(capacity, LinearCost(1.0, 0.0, 0.0), TOKEN_OF)
         self.now = 0.0
 
@@ -166,6 +170,57 @@ def test_a_broken_pass_fails_the_requests_in_it_and_no_others(worker, make_reque
     assert worker.step()[0] == {"b": 8}
 
 
+def alike(id: str, prompt: int, **fields: Any) -> Request:
+    """All prompts begin alike."""
+    return Request(id, tuple(range(prompt)), Sampling(), Stopping(4), **fields)
+
+
+def test_a_prompt_that_begins_as_another_did_has_only_the_rest_computed(capacity) -> None:
+    worker = Worker(capacity, keys=block_keys)
+    first = worker.submit(alike("a", 8))
+    worker.step()
+    # The same blocks are handed to both, whether the first receiver has given them back or not.
+    second = worker.submit(alike("b", 13))
+    shape, events = worker.step()
+    assert shape == {"b": 5}
+    assert events[1] == PrefillAdvanced(second, 13)
+    assert events[2].cached == 8
+    assert events[2].output.token_ids == (expected_tokens(second.request, 0, TOKEN_OF)[0],)
+    assert second.blocks[:2] == first.blocks
+    assert worker.scheduler.load().free_blocks == 16 - 4
+    worker.scheduler.release(first.blocks)
+    worker.scheduler.check_integrity()
+    assert worker.scheduler.load().free_blocks == 16 - 4
+    worker.scheduler.release(second.blocks)
+    assert worker.scheduler.load().free_blocks == 16
+    worker.submit(alike("c", 13))
+    assert worker.step()[0] == {"c": 1}
+    assert worker.scheduler.prefixes == PrefixCounters(8 + 13 + 13, 8 + 12)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tenant": "x"}, {"cache_salt": "x"}, {"bypass_cache": True}, {"prompt_logprobs": 0}],
+)
+def test_a_prompt_that_may_not_use_what_is_known_is_computed_whole(capacity, fields) -> None:
+    worker = Worker(capacity, keys=block_keys)
+    worker.submit(alike("a", 8))
+    worker.step()
+    worker.submit(alike("b", 8, **fields))
+    shape, events = worker.step()
+    assert shape == {"b": 8}
+    assert events[-1].cached == 0
+
+
+def test_tenants_share_a_pass_by_what_is_left_of_their_prompts(capacity) -> None:
+    worker = Worker(capacity, keys=block_keys)
+    worker.submit(alike("a", 8))
+    worker.step()
+    worker.submit(alike("b", 10))
+    worker.submit(alike("c", 10, tenant="x"))
+    assert worker.step()[0] == {"b": 2, "c": 6}
+
+
 class PrefillMachine(RuleBasedStateMachine):
     """The worker around a prefill scheduler: random arrivals, aborts, lease ends and faults."""
 
@@ -176,13 +231,16 @@ class PrefillMachine(RuleBasedStateMachine):
         spare=st.integers(0, 10),
         policy=st.sampled_from(["fcfs", "skip-join-mlfq"]),
         depth=st.sampled_from([1, 1, 2, 3]),
+        keys=st.sampled_from([block_keys, block_keys, None]),
     )
-    def begin(self, block_size, max_tokens, max_sequences, spare, policy, depth) -> None:
+    def begin(self, block_size, max_tokens, max_sequences, spare, policy, depth, keys) -> None:
         blocks = -(-30 // block_size) + spare
         self.capacity = Capacity(
             blocks, block_size, max_tokens, max_sequences, max_context=32, depth=depth
         )
-        self.scheduler = PrefillScheduler(self.capacity, make_policy(policy), max_waiting=10)
+        self.scheduler = PrefillScheduler(
+            self.capacity, make_policy(policy), max_waiting=10, block_keys=keys
+        )
         self.executor = CostModelExecutor(self.capacity, token_of=TOKEN_OF)
         self.now = 0.0
         self.flights: deque[tuple[StepPlan, Any]] = deque()
@@ -191,11 +249,23 @@ class PrefillMachine(RuleBasedStateMachine):
         self.leases: dict[str, list[int]] = {}
         self.count = 0
 
-    @rule(prompt=st.integers(1, 30), priority=st.sampled_from([0, 0, 1]))
-    def submit(self, prompt: int, priority: int) -> None:
+    @rule(
+        prompt=st.integers(1, 30),
+        priority=st.sampled_from([0, 0, 1]),
+        first=st.sampled_from([0, 0, 1, None]),
+        tenant=st.sampled_from(["", "", "a"]),
+    )
+    def submit(self, prompt: int, priority: int, first: int | None, tenant: str) -> None:
         self.count += 1
-        ids = tuple((self.count + i) % 1000 for i in range(prompt))
-        request = Request(f"r{self.count}", ids, Sampling(), Stopping(2), priority=priority)
+        first = self.count if first is None else first
+        request = Request(
+            f"r{self.count}",
+            tuple((first + i) % 1000 for i in range(prompt)),
+            Sampling(),
+            Stopping(2),
+            priority=priority,
+            tenant=tenant,
+        )
         try:
             self.scheduler.submit(request, self.now)
         except Overloaded:

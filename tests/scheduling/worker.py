@@ -17,13 +17,20 @@ class Worker:
     """A scheduler with an executor, stepped by hand on a clock of its own."""
 
     def __init__(
-        self, capacity: Capacity, policy="fcfs", max_waiting=100, rules=None, **options
+        self,
+        capacity: Capacity,
+        policy="fcfs",
+        max_waiting=100,
+        rules=None,
+        block_keys=None,
+        **options,
     ) -> None:
         self.scheduler = DecodeScheduler(
             capacity,
             make_policy(policy, **options),
             max_waiting=max_waiting,
             rules=rules or Rules(),
+            block_keys=block_keys,
         )
         self.executor = CostModelExecutor(capacity, LinearCost(1.0, 0.0, 0.0), TOKEN_OF)
         self.now = 0.0
@@ -61,9 +68,9 @@ class Worker:
 
 
 def deliver(worker, sequence) -> int:
-    """Write the KV of all tokens, as a transfer does; the token sampled after them."""
+    """Write the KV that is missing, as a transfer does; the token sampled after all of it."""
     size = worker.executor.capacity.block_size
-    for position, token in enumerate(sequence.tokens):
+    for position in range(sequence.cached, len(sequence.tokens)):
         block = worker.executor.store.block(sequence.blocks[position // size]).cast("i")
-        block[position % size] = token
+        block[position % size] = sequence.tokens[position]
     return expected_tokens(sequence.request, sequence.index, TOKEN_OF)[0]

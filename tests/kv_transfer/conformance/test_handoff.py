@@ -58,6 +58,25 @@ async def test_scattered_blocks_keep_their_order_and_touch_nothing_else(pair):
     assert all(pair.poisoned(i) for i in set(range(64)) - set(into))
 
 
+@pytest.mark.parametrize("skip", [1, 5, 9])
+async def test_blocks_that_the_consumer_has_are_not_moved(make_pair, until, skip):
+    pair = await make_pair(consumer={"slice_bytes": 3 * 65536})
+    blocks, into = list(range(10)), list(range(30, 40 - skip))
+    ref = pair.publish(blocks, sealed=False)
+    pull = asyncio.create_task(pair.consumer.pull(ref, into, skip))
+    for ready in (2, 7):
+        pair.producer.advance(ref.lease_id, ready)
+        landed = max(0, ready - skip)
+        await until(lambda n=landed: pair.copied(blocks[skip : skip + n], into[:n]))
+        assert all(pair.poisoned(i) for i in into[landed:])
+    pair.producer.seal(ref.lease_id)
+    report = await pull
+    assert pair.copied(blocks[skip:], into)
+    assert all(pair.poisoned(i) for i in set(range(64)) - set(into))
+    assert report.bytes == (10 - skip) * pair.source.block_bytes
+    await until(lambda: pair.freed == [ref.lease_id])
+
+
 async def test_a_run_is_cut_into_slices(make_pair):
     pair = await make_pair(consumer={"slice_bytes": 3 * 65536, "max_inflight_bytes": 1})
     blocks = list(range(20))
@@ -127,14 +146,17 @@ async def test_two_hundred_transfers_leak_nothing(pair, until):
 
 async def test_a_reference_that_does_not_fit_is_refused_before_any_byte_moves(pair):
     ref = pair.publish(range(4))
-    for wrong, into in (
-        (dataclasses.replace(ref, layout_digest="other"), range(4)),
-        (ref, range(3)),
-        (ref, [1, 2, 3, 3]),
-        (dataclasses.replace(ref, lease_id=bytes(16)), range(4)),
-        (dataclasses.replace(ref, engine_id="another"), range(4)),
-        (dataclasses.replace(ref, blocks=3), range(3)),
-        (dataclasses.replace(ref, blocks=5), range(5)),
+    for wrong, into, skip in (
+        (dataclasses.replace(ref, layout_digest="other"), range(4), 0),
+        (ref, range(3), 0),
+        (ref, [1, 2, 3, 3], 0),
+        (ref, range(4), 1),
+        (ref, range(0), 4),
+        (ref, range(5), -1),
+        (dataclasses.replace(ref, lease_id=bytes(16)), range(4), 0),
+        (dataclasses.replace(ref, engine_id="another"), range(4), 0),
+        (dataclasses.replace(ref, blocks=3), range(3), 0),
+        (dataclasses.replace(ref, blocks=5), range(5), 0),
     ):
         with pytest.raises(KvTransferError):
-            await pair.consumer.pull(wrong, into)
+            await pair.consumer.pull(wrong, into, skip)
