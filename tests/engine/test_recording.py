@@ -64,6 +64,7 @@ class Traffic:
         )
         self.now = 0.0
         self.names: list[str] = []
+        self.prompts: list[tuple[int, ...]] = []
         self.incoming: list[Sequence] = []
         self.handed_over: dict[str, list[int]] = {}
 
@@ -81,9 +82,12 @@ class Traffic:
     def request(self) -> Request:
         pick, name = self.random.randrange, f"r{len(self.names)}"
         self.names.append(name)
+        known = self.random.choice(self.prompts or [()])
+        prompt = (*known[: pick(len(known) + 1)], *(pick(20) for _ in range(pick(1, 12))))[:30]
+        self.prompts.append(prompt)
         return Request(
             name,
-            tuple(pick(20) for _ in range(pick(1, 30))),
+            prompt,
             Sampling(
                 seed=pick(9), n=1 if isinstance(self.scheduler, PrefillScheduler) else pick(1, 3)
             ),
@@ -93,7 +97,10 @@ class Traffic:
             arrived_at=self.now,
             deadline=self.now + pick(1, 5),
             estimate=self.random.choice([None, LengthEstimate(8, 12)]),
-            prior_outputs=self.random.choice([(), (PriorOutput((1, 2)),) * 2]),
+            prior_outputs=self.random.choice([(), (PriorOutput((1, 2, 3, 4, 5)),) * 2]),
+            tenant=self.random.choice(["", "", "a"]),
+            prompt_logprobs=self.random.choice([None] * 5 + [0]),
+            bypass_cache=self.random.random() < 0.1,
         )
 
     def submit(self) -> None:
@@ -118,6 +125,8 @@ class Traffic:
             self.scheduler.lost(sequence, 7, self.now)
         else:
             for place, block in enumerate(sequence.blocks):  # as a transfer fills them
+                if 4 * place < sequence.cached:
+                    continue
                 tokens = sequence.tokens[4 * place : 4 * place + 4]
                 view = self.executor.store.block(block).cast("i")
                 view[: len(tokens)] = memoryview(bytearray(4 * len(tokens))).cast("i")
@@ -161,6 +170,8 @@ CONFIGS = [
     DecodeConfig(policy="skip-join-mlfq", preemption="swap", mlfq_quantum=0.02),
     DecodeConfig(policy="fcfs", preemption="swap", swapping="reactive"),
     DecodeConfig(policy="skip-join-mlfq", preemption="auto", batching="prefill-first"),
+    PrefillConfig(policy="fcfs", max_waiting=6, prefix_cache=False),
+    DecodeConfig(policy="fcfs", max_waiting=6, prefix_cache=False),
 ]
 
 
@@ -201,7 +212,9 @@ def test_a_fresh_scheduler_that_is_told_the_same_plans_the_same(
     recorder = recorder_from(config, role, CAPACITY, LinearCost())
     assert recorder
     with contextlib.closing(recorder):
-        Traffic(scheduler_for(config, recorder), seed).run(calls=150)
+        scheduler = scheduler_for(config, recorder)
+        Traffic(scheduler, seed).run(calls=150)
+    assert (scheduler.prefixes.found > 0) == config.prefix_cache
 
     lines = config.record_run.read_text().splitlines()
     header, rest = read_run(lines)
@@ -215,6 +228,30 @@ def test_a_fresh_scheduler_that_is_told_the_same_plans_the_same(
     assert {record.Submit, record.Plan, record.Apply, record.Abort} <= kinds
     if getattr(config, "preemption", "recompute") == "swap":
         assert any(isinstance(one, record.Apply) and one.swapped for one in records)
+
+
+def test_a_recording_tells_which_prompts_begin_alike_and_no_token(tmp_path: Path) -> None:
+    config = DecodeConfig(policy="fcfs", record_run=tmp_path / "run.jsonl")
+    recorder = recorder_from(config, "decode", CAPACITY, LinearCost())
+    assert recorder
+    with contextlib.closing(recorder):
+        scheduler = scheduler_for(config, recorder)
+        ids = tuple(range(700, 711))
+        scheduler.submit(Request("a", ids[:9], Sampling(), Stopping(9)), 0.0)
+        scheduler.submit(Request("b", (*ids[:4], *ids), Sampling(), Stopping(9)), 0.0)
+        executor = CostModelExecutor(CAPACITY)
+        while plan := scheduler.plan(0.0):
+            scheduler.apply(plan, executor.execute(plan), 0.0)
+    _, records = read_run(config.record_run.read_text().splitlines())
+    told = list(records)
+    first, second = (one.request.blocks for one in told if isinstance(one, record.Submit))
+    assert (len(first), len(second)) == (2, 3)
+    assert first[0] == second[0]
+    assert not {*first[1:]} & {*second[1:]}
+    kept = {token for one in told if isinstance(one, record.Apply) for token in one.sampled}
+    numbers = sorted({*first, *second, *kept} - {record.GOES_ON, None})
+    assert numbers == list(range(2, 2 + len(numbers))), "nothing but numbers of blocks"
+    assert len(numbers) > 5, "those of generated tokens among them"
 
 
 def test_nothing_is_recorded_unless_asked_for_and_a_bad_path_is_told() -> None:
