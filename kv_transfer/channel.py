@@ -44,6 +44,8 @@ _KINDS = {
     DigestKind.XXH3: kv_pb2.DIGEST_KIND_XXH3,
     DigestKind.DEVICE: kv_pb2.DIGEST_KIND_DEVICE,
 }
+_NAMED = {number: kind for kind, number in _KINDS.items()}
+_NAMED[kv_pb2.DIGEST_KIND_UNSPECIFIED] = DigestKind.XXH3
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
@@ -326,9 +328,9 @@ def _translated(error: grpc.aio.AioRpcError) -> KvTransferError:
     return kind(f"producer: {error.details() or error.code().name}")
 
 
-def _kind(told: int) -> DigestKind:
+def _kind(told: kv_pb2.DigestKind.ValueType) -> DigestKind:
     """Raises KvTransferError for a kind that is not known here."""
-    for kind, number in _KINDS.items():
-        if told in (number, kv_pb2.DIGEST_KIND_UNSPECIFIED):
-            return kind
-    raise KvTransferError(f"digests of kind {told} are not known here")
+    try:
+        return _NAMED[told]
+    except KeyError:
+        raise KvTransferError(f"digests of kind {told} are not known here") from None

@@ -1,36 +1,30 @@
-"""The producer: leases over the pool's blocks, their digests, a timer, and the data servers.
+"""The producer: leases over the pool's blocks, a timer, and the data servers.
 
-Everything runs on the event loop except digests of many bytes and what the data servers send. A
-pool on a device is digested there. Its blocks are brought to host memory, and digested there, too,
-for a lease that somebody follows who copies from there, and for no other.
-
-Control calls arrive here from channel.py (gRPC) or memory.py (same process); both see the same
-four verbs: connect, follow, renew, release.
+Everything runs on the event loop except digests of many bytes (digester.py) and what the data
+servers send. Control calls arrive here from channel.py (gRPC) or memory.py (same process); both see
+the same four verbs: connect, follow, renew, release.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from baton.errors import KvTransferError
 from baton.types import KvRef
 from kv_transfer.contract import BlockStore, KvLayout, OnFreed
 from kv_transfer.device import TRANSPORT as DEVICE_TRANSPORT
 from kv_transfer.device import DeviceServer, SourcePool
-from kv_transfer.digest import DigestKind, block_digest
-from kv_transfer.lease import Lease, LeaseState, LeaseTable
+from kv_transfer.digest import DigestKind
+from kv_transfer.digester import Digester, Filling
+from kv_transfer.lease import LeaseState, LeaseTable
 from kv_transfer.local import host_id
 from kv_transfer.shm import SharedPool, ShmServer
 from kv_transfer.tcp import TcpServer
-from kv_transfer.transport import INLINE_BYTES, DataEndpoint
-
-log = logging.getLogger(__name__)
+from kv_transfer.transport import DataEndpoint
 
 PROTOCOL_VERSION = 1
 _MAX_BLOCKS_PER_MESSAGE = 4096
@@ -54,25 +48,6 @@ class EngineDescription:
     endpoints: tuple[DataEndpoint, ...]
     block_bytes: int
     pool_blocks: int
-
-
-@dataclass(slots=True)
-class _Digests:
-    """Of a lease's blocks, as far as they are taken. A block with one can be read where its kind
-    says."""
-
-    taken: list[int]
-    busy: bool = False  # more are being taken
-
-
-@dataclass(slots=True)
-class _Filling:
-    """A live lease that is being filled, or read."""
-
-    digests: dict[DigestKind, _Digests]  # those that somebody wants
-    ready: int = 0  # blocks that prefill declared final
-    seal: bool = False
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class LeaseProducer:
@@ -114,11 +89,8 @@ class LeaseProducer:
         self._clock = clock
         limit = store.blocks if max_leased_blocks is None else max_leased_blocks
         self._table = LeaseTable(time_to_live=time_to_live, max_age=max_age, max_blocks=limit)
-        self._filling: dict[bytes, _Filling] = {}
-        self._threads = ThreadPoolExecutor(1, "kv-digest")
-        self._digesting: set[asyncio.Future[list[int]]] = set()
-        self._pool = device
-        self._kind = DigestKind.XXH3 if device is None else DigestKind.DEVICE  # that makes final
+        self._filling: dict[bytes, Filling] = {}
+        self._digester = Digester(self._table, store, device, clock, self._settle)
         self._device = DeviceServer(device, self.engine_id) if device is not None else None
         self._shm = ShmServer(shared, self.engine_id) if shared is not None else None
         self._tcp = self._tcp_server(data_address, stall) if data_address else None
@@ -151,8 +123,7 @@ class LeaseProducer:
         for server in (self._device, self._shm, self._tcp):
             if server is not None:
                 await server.close()
-        await asyncio.gather(*self._digesting, return_exceptions=True)
-        self._threads.shutdown()
+        await self._digester.close()
 
     # Called by the prefill worker; see contract.Producer.
 
@@ -161,7 +132,7 @@ class LeaseProducer:
         if not blocks or not all(0 <= block < self._store.blocks for block in blocks):
             raise ValueError("a lease needs blocks of the pool")
         lease = self._table.grant(blocks, self._clock())
-        self._filling[lease.id] = _Filling({self._kind: _Digests(lease.digests)})
+        self._filling[lease.id] = self._digester.begin(lease)
         return KvRef(
             lease_id=lease.id,
             control_address=self.control_address,
@@ -180,7 +151,7 @@ class LeaseProducer:
         if ready > len(lease.blocks):
             raise ValueError(f"{ready} blocks ready of {len(lease.blocks)}")
         filling.ready = max(filling.ready, ready)
-        self._digest(lease, filling)
+        self._digester.digest(lease, filling)
 
     def seal(self, lease_id: bytes) -> None:
         """Every block is final; see contract.Producer."""
@@ -188,7 +159,7 @@ class LeaseProducer:
         if lease is None or filling is None:
             return
         filling.ready, filling.seal = len(lease.blocks), True
-        self._digest(lease, filling)
+        self._digester.digest(lease, filling)
 
     def revoke(self, lease_id: bytes) -> None:
         """End the lease; see contract.Producer."""
@@ -230,7 +201,7 @@ class LeaseProducer:
             if not lease.live:
                 raise KvTransferError(f"lease is {lease.state.name.lower()}")
             filling = self._filling[lease_id]
-            taken = self._wanted(lease, filling, kind).taken
+            taken = self._digester.wanted(lease, filling, kind)
             if not lease.live:  # its time is up
                 continue
             upto = min(len(taken), told + _MAX_BLOCKS_PER_MESSAGE)
@@ -259,8 +230,7 @@ class LeaseProducer:
         """The block numbers of positions that are final, and in host memory, counted as being
         read; see lease.LeaseTable."""
         filling = self._filling.get(lease_id)
-        here = filling.digests.get(DigestKind.XXH3) if filling else None
-        if filling and first + count > (len(here.taken) if here else 0):
+        if filling is not None and first + count > filling.taken(DigestKind.XXH3):
             raise KvTransferError(f"blocks {first}+{count} of the lease are not in host memory")
         try:
             return self._table.begin_read(lease_id, first, count, self._clock())
@@ -272,79 +242,12 @@ class LeaseProducer:
         self._table.end_read(lease_id)
         self._settle()
 
-    # Digests and the timer.
-
-    def _wanted(self, lease: Lease, filling: _Filling, kind: DigestKind) -> _Digests:
-        """The digests of this kind; from now on they are taken."""
-        if kind not in filling.digests:
-            if self._pool is None:
-                raise KvTransferError("the blocks are not on a device")
-            filling.digests[kind] = _Digests([])
-            self._take(lease, filling, kind)
-        return filling.digests[kind]
-
-    def _digest(self, lease: Lease, filling: _Filling) -> None:
-        """Digest what is ready and has not been, in every kind that is wanted."""
-        for kind in filling.digests:
-            self._take(lease, filling, kind)
-
-    def _take(self, lease: Lease, filling: _Filling, kind: DigestKind) -> None:
-        """In one kind, here or in the thread, one piece at a time."""
-        digests = filling.digests[kind]
-        if digests.busy:
-            return
-        first = len(digests.taken)
-        blocks = self._table.begin_digest(lease.id, first, filling.ready, self._clock())
-        if not blocks:
-            self._taken(lease, filling, kind, [])
-        elif self._pool is None and len(blocks) * self._store.block_bytes <= INLINE_BYTES:
-            found = self._digests(kind, blocks, first)
-            self._table.end_read(lease.id)
-            self._taken(lease, filling, kind, found)
-        else:
-            digests.busy = True
-            loop = asyncio.get_running_loop()
-            work = loop.run_in_executor(self._threads, self._digests, kind, blocks, first)
-            self._digesting.add(work)
-            work.add_done_callback(lambda done: self._digested(lease, filling, kind, done))
-
-    def _digested(
-        self, lease: Lease, filling: _Filling, kind: DigestKind, work: asyncio.Future[list[int]]
-    ) -> None:
-        filling.digests[kind].busy = False
-        self._digesting.discard(work)
-        self._table.end_read(lease.id)
-        if work.cancelled() or work.exception() is not None:
-            log.error("digests of a lease failed; it is revoked", exc_info=work.exception())
-            self._table.revoke(lease.id, self._clock())
-            self._settle()
-            return
-        self._taken(lease, filling, kind, work.result())
-        if len(filling.digests[kind].taken) < filling.ready:
-            self._take(lease, filling, kind)
-
-    def _taken(self, lease: Lease, filling: _Filling, kind: DigestKind, digests: list[int]) -> None:
-        now = self._clock()
-        if kind is not self._kind:
-            filling.digests[kind].taken += digests
-        elif digests:
-            self._table.finalize(lease.id, digests, now)
-        if filling.seal and len(lease.digests) == len(lease.blocks):
-            self._table.seal(lease.id, now)
-        filling.changed.set()
-        self._settle()
+    # The servers and the timer.
 
     def _tcp_server(self, address: str, stall: float) -> TcpServer:
         everywhere = address.rpartition(":")[0] in ("0.0.0.0", "[::]")  # noqa: S104  # compared
         host = self.control_address.rpartition(":")[0] if everywhere else ""
         return TcpServer(self, self._store, address, stall=stall, advertised_host=host)
-
-    def _digests(self, kind: DigestKind, blocks: Sequence[int], first: int) -> list[int]:
-        if self._pool is not None:
-            if kind is DigestKind.DEVICE:
-                return self._pool.digests(blocks, first)
-            self._pool.save(blocks)
-        return [block_digest(self._store.block(block), first + i) for i, block in enumerate(blocks)]
 
     async def _sweep_forever(self) -> None:
         interval = min(1.0, self._table.time_to_live / 10)

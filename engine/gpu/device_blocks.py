@@ -95,7 +95,7 @@ class OpenedBlocks:
 
     def close(self) -> None:
         """Let go of the producer's memory."""
-        self._source = self._source[:0]
+        self._source = torch.empty(0, dtype=torch.uint8)
         self._close()
 
 

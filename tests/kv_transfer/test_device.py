@@ -137,14 +137,14 @@ async def test_what_is_final_on_the_device_only_cannot_be_read_from_the_host(pai
 
 async def test_blocks_are_not_freed_while_they_go_to_host_memory(pair, stub, until, monkeypatch):
     entered, leave = threading.Event(), threading.Event()
-    save = pair.producer._pool.save
+    save = pair.producer._digester._pool.save
 
     def held(blocks):
         entered.set()
         leave.wait(10.0)
         save(blocks)
 
-    monkeypatch.setattr(pair.producer._pool, "save", held)
+    monkeypatch.setattr(pair.producer._digester._pool, "save", held)
     ref = pair.publish(range(4))
     call = stub.Follow(kv_pb2.FollowRequest(lease_id=ref.lease_id, engine_id=ref.engine_id))
     reading = asyncio.ensure_future(call.read())

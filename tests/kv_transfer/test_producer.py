@@ -71,14 +71,14 @@ async def test_digests_in_the_thread_keep_order_with_those_on_the_loop(pair):
 async def test_blocks_are_not_freed_while_the_digest_thread_reads_them(pair, monkeypatch, until):
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
-    digests = pair.producer._digests
+    digests = pair.producer._digester._digests
 
     def slow(kind, blocks, first):
         loop.call_soon_threadsafe(started.set)
         time.sleep(0.2)
         return digests(kind, blocks, first)
 
-    monkeypatch.setattr(pair.producer, "_digests", slow)
+    monkeypatch.setattr(pair.producer._digester, "_digests", slow)
     ref = pair.publish(range(60))
     await started.wait()
     pair.producer.revoke(ref.lease_id)
@@ -91,7 +91,7 @@ async def test_digests_that_fail_revoke_the_lease(pair, monkeypatch, until, capl
     def broken(kind, blocks, first):
         raise ValueError("no such memory")
 
-    monkeypatch.setattr(pair.producer, "_digests", broken)
+    monkeypatch.setattr(pair.producer._digester, "_digests", broken)
     ref = pair.publish(range(60))
     await until(lambda: pair.freed == [ref.lease_id])
     with pytest.raises(KvTransferError, match="revoked"):
