@@ -101,6 +101,27 @@ async def test_kv_is_handed_over_and_generation_goes_on(
             small.assert_generates(prompt, tokens)
 
 
+@pytest.mark.parametrize(("transport", "saved"), [("cuda_ipc", [0, 0]), ("shm", [3, 2])])
+async def test_of_a_prefix_that_is_there_nothing_is_handed_over_again(
+    run_stack: Run, small: TinyModel, hand_off: HandOff, transport: str, saved: list[int]
+) -> None:
+    settings = {"dtype": "float32", "attention_backend": "triton", "block_size": 4}
+    settings |= {"kv_blocks": 64, "decode_settings": {"kv_transports": transport}}
+    first = [5, 9, 70, 33, 12, 60, 8, 101, 44]  # two blocks, and one token
+    second = [*first[:8], 61, 62, 63, 64, 65]  # two more blocks
+    found, pulled = [], []
+    async with run_stack(small.path, **settings) as stack, stack.client() as client:
+        for prompt in (first, second):
+            before = hand_off.saved, stack.decoded("kv_pulled_bytes_total", transport=transport)
+            answer = await client.generate_unary(prompt, max_tokens=4, ignore_eos=True)
+            await stack.quiet()
+            small.assert_generates(prompt, [int(token) for token in answer.text.split()])
+            found.append(hand_off.saved - before[0])
+            pulled.append(stack.decoded("kv_pulled_bytes_total", transport=transport) - before[1])
+    assert found == saved
+    assert pulled[0] * 2 == pulled[1] * 3  # three blocks, then two
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.cluster
