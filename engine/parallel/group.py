@@ -6,7 +6,9 @@ may hold several engines, as tests do. Nothing listens beyond loopback.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,9 @@ class Rendezvous:
 
 
 class Group:
-    """Some ranks. Calls must come in the same order on all of them; a rank that is gone makes them
-    raise RuntimeError, at the latest when the time is up."""
+    """Some ranks. Calls must come in the same order on all of them. On CPUs they return when they
+    are over, and a rank that is gone makes them raise RuntimeError, at the latest when the time is
+    up; on GPUs they are work of the current stream, which waits for such a rank until `abort`."""
 
     def __init__(self, backend: Any, rank: int, size: int) -> None:
         """`backend`: a ProcessGroupGloo or ProcessGroupNCCL."""
@@ -62,22 +65,16 @@ class Group:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of everybody's contiguous `x`, bit for bit the same on all ranks. In place."""
-        self._backend.allreduce([x]).wait()
-        return x
+        return self._run(self._backend.allreduce, x, dist.AllreduceOptions())
 
     def broadcast(self, x: Tensor) -> Tensor:
         """What number 0 has in `x`, on all ranks. In place."""
-        options = dist.BroadcastOptions()
-        options.rootRank = options.rootTensor = 0
-        self._backend.broadcast([x], options).wait()
-        return x
+        return self._run(self._backend.broadcast, x, dist.BroadcastOptions())
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
         """Everybody's `x`, which have one shape, on number 0; None on the others."""
         outputs = [[torch.empty_like(x) for _ in range(self.size)]] if self.rank == 0 else []
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        self._backend.gather(outputs, [x], options).wait()
+        self._run(partial(self._backend.gather, outputs), x, dist.GatherOptions())
         return outputs[0] if outputs else None
 
     def send(self, x: Tensor, to: int) -> dist.Work:
@@ -88,4 +85,12 @@ class Group:
     def receive(self, x: Tensor, sender: int) -> Tensor:
         """Fill `x` with what number `sender` sends next."""
         self._backend.recv([x], sender, 0).wait()
+        return x
+
+    def _run(self, operation: Callable[..., dist.Work | None], x: Tensor, options: Any) -> Tensor:
+        """With number 0 as the root, if there is one: torch's default."""
+        options.asyncOp = False  # on NCCL's own stream, two events would be waited for
+        work = operation([x], options)
+        if work is not None:  # NCCL gives none
+            work.wait()
         return x

@@ -72,12 +72,17 @@ async def test_workers_of_any_degrees_hand_over_and_go_on(
         **batch,
     )
     async with stack as running, running.client() as client:
-        answers = await asyncio.gather(
-            *(client.generate_unary(prompt, max_tokens=5, ignore_eos=True) for prompt in PROMPTS)
-        )
+
+        async def answers() -> list[Any]:
+            return await asyncio.gather(
+                *(client.generate_unary(prompt, max_tokens=5, ignore_eos=True) for prompt in PROMPTS)
+            )
+
+        first, again = await answers(), await answers()  # then with the KV of prefixes
         await running.quiet()
     assert "is recomputed" not in caplog.text
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    assert again[0].usage.cached_tokens == 8
+    for prompt, answer in zip(PROMPTS * 2, first + again, strict=True):
         tokens = [int(token) for token in answer.text.split()]
         assert len(tokens) == 5
         divisible.assert_generates(prompt, tokens)
