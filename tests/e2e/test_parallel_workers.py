@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from tests.e2e.answers import Answer, ask
 from tests.e2e.conftest import name_every_token
 from tests.e2e.test_gpu_backend import one_kernel_at_a_time
 from tests.engine.conftest import VOCAB, TinyModel, save_model
@@ -73,16 +74,14 @@ async def test_workers_of_any_degrees_hand_over_and_go_on(
     )
     async with stack as running, running.client() as client:
 
-        async def answers() -> list[Any]:
-            return await asyncio.gather(
-                *(client.generate_unary(prompt, max_tokens=5, ignore_eos=True) for prompt in PROMPTS)
-            )
+        async def answers() -> list[Answer]:
+            asked = (ask(client, prompt, max_tokens=5) for prompt in PROMPTS)
+            return list(await asyncio.gather(*asked))
 
         first, again = await answers(), await answers()  # then with the KV of prefixes
         await running.quiet()
     assert "is recomputed" not in caplog.text
     assert again[0].usage.cached_tokens == 8
     for prompt, answer in zip(PROMPTS * 2, first + again, strict=True):
-        tokens = [int(token) for token in answer.text.split()]
-        assert len(tokens) == 5
-        divisible.assert_generates(prompt, tokens)
+        assert len(answer.ids[0]) == 5
+        divisible.assert_generates(prompt, answer.ids[0])
