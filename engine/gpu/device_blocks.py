@@ -62,10 +62,15 @@ class DeviceBlocks:
         self._saved.difference_update(blocks)
 
     def open(self, handle: bytes, blocks: int) -> OpenedBlocks:
-        """A producer's pool of `blocks` blocks as large as these. Raises OSError and ValueError."""
+        """A producer's pool of `blocks` blocks as large as these, of which one has been read.
+        Raises OSError and ValueError."""
         size = self._storage[0].numel() * self._storage.element_size()
-        opened = self._memory.open(handle, blocks * size)
-        return OpenedBlocks(opened, blocks, self._storage)
+        try:
+            opened = OpenedBlocks(self._memory.open(handle, blocks * size), blocks, self._storage)
+            opened.try_reading()
+        except RuntimeError as error:  # of torch or Triton
+            raise OSError(f"memory that kernels cannot read: {error}") from error
+        return opened
 
     def warm_up(self) -> None:
         """Have the kernels compiled before the first request."""
@@ -83,6 +88,15 @@ class OpenedBlocks:
         self._source = opened.memory.view(blocks, -1)
         self._target = target
         self._side = _Side(target.device)
+
+    def try_reading(self) -> None:
+        """Raise what a copy would, rather now than in every pull; then the pool is closed."""
+        try:
+            with self._side.alone():
+                digests(self._source, _numbers([0], self._target), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def copy(self, sources: Items[int], into: Items[int], first: int) -> list[int]:
         """Copy blocks into one's own; returns the digests of what came, when it is there."""

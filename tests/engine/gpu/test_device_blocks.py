@@ -17,7 +17,7 @@ import torch
 from engine import host_blocks
 from engine.gpu.device_blocks import DeviceBlocks, SettledConsumer, SettledExecutor
 from engine.gpu.kernels.launch import interpreted
-from engine.gpu.shared_memory import HostMemory, memory_of
+from engine.gpu.shared_memory import HostMemory, Opened, memory_of
 from engine.gpu.staging import SavingExecutor, Staging
 from engine.model.memory import OwnMemory
 from engine.model.pool import KvGeometry, KvPool
@@ -76,6 +76,7 @@ def test_what_the_producer_writes_later_is_seen() -> None:
     assert not target.storage[0].any()
 
 
+@on_cpu
 @pytest.mark.parametrize("block", [-1, 9])
 def test_a_block_outside_the_producer_s_pool_is_refused(block: int) -> None:
     source, target = _pool(torch.int8, _CPU, shared=True), _pool(torch.int8, _CPU)
@@ -86,6 +87,31 @@ def test_a_block_outside_the_producer_s_pool_is_refused(block: int) -> None:
     with pytest.raises(ValueError, match="outside the producer's pool"):
         opened.copy([block], [0], 0)
     assert torch.equal(_rows(target), before)
+
+
+def test_memory_that_kernels_cannot_read_is_closed_and_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Memory:
+        """Opens what cannot be read."""
+
+        closed = 0
+
+        def open(self, handle: bytes, size: int) -> Opened:
+            return Opened(torch.zeros(size, dtype=torch.uint8), self.close)
+
+        def close(self) -> None:
+            self.closed += 1
+
+    def refused(*arguments: Any) -> None:
+        raise RuntimeError("no such address")
+
+    memory = Memory()
+    blocks = _blocks(_pool(torch.int8, _CPU), memory)
+    monkeypatch.setattr("engine.gpu.device_blocks.digests", refused)
+    with pytest.raises(OSError, match="kernels cannot read: no such address"):
+        blocks.open(b"", 9)
+    assert memory.closed == 1
 
 
 def test_memory_that_is_not_shared_has_no_handle() -> None:
