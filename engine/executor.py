@@ -37,12 +37,22 @@ class Executor(Protocol):
 class Pipeline(Executor, Protocol):
     """An executor whose stages work on different passes: it takes up to `capacity.depth` plans, of
     disjoint sequences, before the first result is asked for. Passes end in the order in which they
-    began; all calls come from one thread, `execute` only while none is under way."""
+    began; all calls but `interrupt` come from one thread, `execute` only while none is under
+    way."""
 
     def submit(self, plan: StepPlan) -> Any:
         """Begin a pass; may block as long as its first stage takes, or its swaps where it has to
         wait for them. Reads the plan's sequences, now and until its result is there. Returns what
         `result` wants. Raises as `execute`; then there is no result to ask for."""
+        ...
+
+    def ready(self, handle: Any) -> bool:
+        """Wait until the result of the oldest pass is there; False if it is not, and `interrupt`
+        was called since the last time. Raises as `execute`."""
+        ...
+
+    def interrupt(self) -> None:
+        """Have `ready` not wait any longer, or not the next time. Never blocks; on any thread."""
         ...
 
     def result(self, handle: Any) -> StepResult:

@@ -1,7 +1,8 @@
 """The engine's heartbeat: plan, execute, apply.
 
 Where the executor is a pipeline, several plans are on their way at a time: the first stage gets the
-next one before the oldest is applied.
+next one before the oldest is applied. While there is room for one more, the loop waits for the
+oldest and for what may come from outside, whichever is first.
 
 All three verbs run on one thread, so that nothing has to be handed over between two passes. What
 came of a pass is told on the event loop's thread, while the next one runs. Requests come and go
@@ -57,11 +58,13 @@ have been aborted since. Must not block or raise."""
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A plan on its way. `end` gives its result, and raises what broke it."""
+    """A plan on its way. `end` gives its result, and raises what broke it; before that, `ready`
+    waits as Pipeline.ready does."""
 
     plan: StepPlan
     begun: float
     end: Callable[[], StepResult]
+    ready: Callable[[], bool] = lambda: True
 
 
 class EngineLoop(Generic[Event]):
@@ -87,11 +90,13 @@ class EngineLoop(Generic[Event]):
         self._scheduler = scheduler
         self._executor = executor
         self._depth = executor.capacity.depth
+        self._pipeline = executor if isinstance(executor, Pipeline) else None
         self._flights: deque[_Flight] = deque()  # oldest first
         self._on_events = on_events
         self._on_idle = on_idle or (lambda: None)
         self._clock = clock
         self._awake = threading.Event()
+        self._waits = False  # for a pass, although there is room for another
         self._told = threading.Event()  # nothing is on its way to `on_events`
         self._told.set()
         self._stopping = False
@@ -111,6 +116,8 @@ class EngineLoop(Generic[Event]):
     def wake(self) -> None:
         """There may be something to run. Cheap, idempotent, on any thread."""
         self._awake.set()
+        if self._waits and self._pipeline is not None:
+            self._pipeline.interrupt()
 
     async def stop(self) -> None:
         """End after the passes that run now. Raises what `wait_closed` would."""
@@ -150,8 +157,11 @@ class EngineLoop(Generic[Event]):
                     plan = self._scheduler.plan(self._clock())
                 if plan is not None:
                     self._flights.append(self._begin(plan))
-                if self._flights and (plan is None or len(self._flights) == self._depth):
+                if len(self._flights) == self._depth:
                     self._step(loop)
+                elif plan is None and self._flights:
+                    if self._oldest_ends():
+                        self._step(loop)
                 elif plan is None:
                     self._on_idle()
                     self._awake.wait()
@@ -163,17 +173,29 @@ class EngineLoop(Generic[Event]):
 
     def _begin(self, plan: StepPlan) -> _Flight:
         """Send a plan on its way. What breaks it is told in its turn."""
-        begun, executor = self._clock(), self._executor
+        begun, pipeline = self._clock(), self._pipeline
         if self._depth == 1:
-            return _Flight(plan, begun, partial(executor.execute, plan))
-        assert isinstance(executor, Pipeline)
+            return _Flight(plan, begun, partial(self._executor.execute, plan))
+        assert pipeline is not None
         try:
-            handle = executor.submit(plan)
+            handle = pipeline.submit(plan)
         except ExecutorBroken:
             raise
         except Exception as error:
             return _Flight(plan, begun, partial(_raise, error))
-        return _Flight(plan, begun, partial(executor.result, handle))
+        result, ready = partial(pipeline.result, handle), partial(pipeline.ready, handle)
+        return _Flight(plan, begun, result, ready)
+
+    def _oldest_ends(self) -> bool:
+        """Wait for the oldest pass. False if there may be something to plan before it ends."""
+        assert self._pipeline is not None
+        self._waits = True
+        if self._awake.is_set():  # by somebody who did not know that yet
+            self._pipeline.interrupt()
+        try:
+            return self._flights[0].ready()
+        finally:
+            self._waits = False
 
     def _step(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take what the oldest plan gave."""

@@ -251,6 +251,14 @@ class SavingPipeline(SavingExecutor):
         """Begin a pass."""
         return plan, self._pipeline.submit(plan)
 
+    def ready(self, handle: tuple[StepPlan, Any]) -> bool:
+        """Wait for the oldest pass, or `interrupt`."""
+        return self._pipeline.ready(handle[1])
+
+    def interrupt(self) -> None:
+        """End the wait in `ready`."""
+        self._pipeline.interrupt()
+
     def result(self, handle: tuple[StepPlan, Any]) -> StepResult:
         """The result of the oldest pass; what it finished is saved."""
         plan, begun = handle

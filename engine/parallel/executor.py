@@ -75,6 +75,15 @@ class ParallelExecutor(OverRanks):
             batch, rows = self._build(plan)
             return Handle(plan, begun, batch, rows, self._parallel.begin(batch))
 
+    def ready(self, handle: Handle) -> bool:
+        """Wait for the output of the oldest pass, or `interrupt`. What only waits for a swap is
+        waited for in `result`."""
+        return handle.batch is None or handle.output is not None or self._parallel.ready()
+
+    def interrupt(self) -> None:
+        """End the wait in `ready`."""
+        self._parallel.interrupt()
+
     def result(self, handle: Handle) -> StepResult:
         """The output of the oldest pass, sampled here."""
         if handle.batch is None:

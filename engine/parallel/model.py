@@ -188,6 +188,17 @@ class ParallelModel:
         except RuntimeError as error:
             raise ExecutorBroken(self._team.obituary()) from error
 
+    def ready(self) -> bool:
+        """Wait until `finish` need not wait for an output that is not here yet; False if
+        `interrupt` ends that. Raises ExecutorBroken."""
+        assert self._team is not None
+        return self._team.ready()
+
+    def interrupt(self) -> None:
+        """End the wait in `ready`, or the next one. Never blocks; on any thread."""
+        assert self._team is not None
+        self._team.interrupt()
+
     def finish(self, batch: Batch, output: Output | None) -> Output:
         """The output of a pass that has begun. Raises ExecutorBroken."""
         if output is not None:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from engine.executor import ExecutorBroken
+from engine.parallel.bell import Bell
 from engine.parallel.message import Kind, Move, pack_move, say
 from engine.parallel.rank import END, READY, main
 from engine.parallel.stage import Setup, model_module
@@ -43,7 +44,7 @@ class Team:
         self.rendezvous = self._directory / "rendezvous"
         setup = replace(setup, rendezvous=self.rendezvous)
         self._members: list[_Member] = []
-        self._telling = threading.Lock()
+        self._telling, self._bell = threading.Lock(), Bell()
         self._closing = threading.Event()
         self.lost = ""  # what is known of a rank that ended by itself, for people
         configuration = type(setup.config.source).__module__  # takes transformers seconds to import
@@ -114,11 +115,22 @@ class Team:
         except OSError as error:
             raise ExecutorBroken(self.obituary()) from error
 
+    def ready(self) -> bool:
+        """Wait until there is an output to ask for; False if there is none, and `interrupt` was
+        called since the last time. Raises ExecutorBroken as `output`."""
+        try:
+            return self._await(self._teller, self._longest, self._bell)
+        finally:
+            self._bell.silence()
+
+    def interrupt(self) -> None:
+        """End the wait in `ready`, or the next one. Never blocks; on any thread."""
+        self._bell.ring()
+
     def output(self) -> bytes:
         """The output of the oldest pass that has not been asked for. Raises ExecutorBroken, at the
         latest when every stage may have taken as long as it may."""
-        teller = self._members[self._topology.teller - 1]
-        return self._from(teller, self._patience * self._topology.pipeline)
+        return self._from(self._teller, self._longest)
 
     def obituary(self) -> str:
         """What became of them, for people; waits a moment for one to be found dead."""
@@ -135,19 +147,35 @@ class Team:
         deadline = time.monotonic() + _GRACE_SECONDS
         for member in self._members:
             member.end(max(0.0, deadline - time.monotonic()))
+        self._bell.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    @property
+    def _teller(self) -> _Member:
+        return self._members[self._topology.teller - 1]
+
+    @property
+    def _longest(self) -> float:
+        return self._patience * self._topology.pipeline
+
     def _from(self, member: _Member, seconds: float) -> bytes:
-        deadline = time.monotonic() + seconds
         try:
-            while not member.connection.poll(_LOOK_SECONDS):
-                if dead := self._dead():
-                    raise ExecutorBroken(dead)
-                if time.monotonic() > deadline:
-                    raise ExecutorBroken(f"rank {member.rank} has not answered for {seconds:.0f} s")
+            self._await(member, seconds)
             return member.connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise ExecutorBroken(self.obituary()) from error
+
+    def _await(self, member: _Member, seconds: float, *others: Bell) -> bool:
+        """Wait until there is a message from this member: True; or, False, until one of `others`
+        has rung. Raises ExecutorBroken."""
+        deadline = time.monotonic() + seconds
+        bells = [bell.fileno() for bell in others]
+        while not (found := wait([member.connection, *bells], _LOOK_SECONDS)):
+            if dead := self._dead():
+                raise ExecutorBroken(dead)
+            if time.monotonic() > deadline:
+                raise ExecutorBroken(f"rank {member.rank} has not answered for {seconds:.0f} s")
+        return member.connection in found
 
     def _dead(self) -> str:
         codes = ((member.rank, member.process.exitcode) for member in self._members)

@@ -15,13 +15,28 @@ from scheduling.plan import StepPlan, StepResult
 from tests.engine.test_loop import CAPACITY, Engine, request
 
 
+class Go(threading.Event):
+    """When it is set, `news` is, too."""
+
+    def __init__(self, news: threading.Event) -> None:
+        super().__init__()
+        self._news = news
+
+    def set(self) -> None:
+        super().set()
+        self._news.set()
+
+
 class Stages(CostModelExecutor):
     """A pipeline that can be held up and that breaks on demand."""
 
     def __init__(self, depth: int) -> None:
         super().__init__(replace(CAPACITY, depth=depth))
-        self.go = threading.Event()
+        self.news = threading.Event()  # for `ready`
+        self.go = Go(self.news)
         self.go.set()
+        self.waits = threading.Event()  # in `ready`, with nothing to tell
+        self.interrupts = 0
         self.under_way: list[StepPlan] = []
         self.most = 0  # under way at a time
         self.full = threading.Event()
@@ -40,6 +55,19 @@ class Stages(CostModelExecutor):
         if len(self.under_way) == self.capacity.depth:
             self.full.set()
         return super().submit(plan)
+
+    def ready(self, handle: Any) -> bool:
+        assert handle.plan is self.under_way[0]
+        if not self.go.is_set():
+            self.waits.set()
+            assert self.news.wait(10)
+            self.waits.clear()
+        self.news.clear()
+        return self.go.is_set()
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
+        self.news.set()
 
     def result(self, handle: Any) -> StepResult:
         assert self.go.wait(10)
@@ -86,6 +114,41 @@ async def test_plans_in_flight_are_of_different_requests(pipeline) -> None:
     pipeline.executor.go.set()
     await pipeline.idle()
     assert set(pipeline.tokens) == {"a", "c"}
+
+
+async def test_who_comes_while_there_is_room_does_not_wait_for_the_oldest_pass(pipeline) -> None:
+    executor = pipeline.executor
+    executor.go.clear()
+    for count, name in enumerate("abc", 1):
+        assert len(executor.under_way) == count - 1
+        pipeline.submit(request(name))
+        began = executor.full if name == "c" else executor.waits
+        assert await asyncio.to_thread(began.wait, 10)
+        executor.waits.clear()
+        members = {c.sequence.request.id for plan in executor.under_way for c in plan.chunks}
+        assert members == set("abc"[:count])
+    assert pipeline.loop.steps == 0
+    interrupts = executor.interrupts
+    pipeline.submit(request("d"))  # no room
+    assert executor.interrupts == interrupts
+    executor.go.set()
+    await pipeline.idle()
+    for name in "abcd":
+        assert pipeline.tokens[name] == expected_tokens(request(name), 0, checksum_token(1000))
+
+
+async def test_news_that_give_nothing_to_plan_end_no_pass(pipeline) -> None:
+    pipeline.executor.go.clear()
+    pipeline.submit(request("a"))
+    assert await asyncio.to_thread(pipeline.executor.waits.wait, 10)
+    for _ in range(5):
+        pipeline.loop.wake()
+        await asyncio.sleep(0.002)
+    assert pipeline.loop.steps == 0
+    assert len(pipeline.executor.under_way) == 1
+    pipeline.executor.go.set()
+    await pipeline.idle()
+    assert pipeline.tokens["a"] == expected_tokens(request("a"), 0, checksum_token(1000))
 
 
 @pytest.mark.parametrize("where", ["refused", "broken"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -218,6 +219,33 @@ def test_a_rank_that_hangs_breaks_the_executor(
         _one_pass(executor)
     os.kill(other, signal.SIGKILL)  # a stopped process would take the whole grace time
     executor.close()
+
+
+def test_the_wait_for_an_output_ends_with_it_or_when_it_is_interrupted(model: Model) -> None:
+    before = _children()
+    executor = load_executor(model("llama").path, pipeline_parallel=2, **OPTIONS)
+    assert isinstance(executor, Pipeline)
+    (other,) = _children() - before
+    driver = Driver(executor, budget=16)
+    plans = [StepPlan((driver._chunk(driver.add([5, 6, 7 + i], 1), 3),)) for i in range(2)]
+    os.kill(other, signal.SIGSTOP)
+    handle = executor.submit(plans[0])
+    threading.Timer(0.05, executor.interrupt).start()
+    assert not executor.ready(handle)
+    executor.interrupt()  # before it waits
+    assert not executor.ready(handle)
+    second = executor.submit(plans[1])
+    os.kill(other, signal.SIGCONT)
+    for begun in (handle, second):
+        assert executor.ready(begun)
+        assert None not in executor.result(begun).sampled
+    handle = executor.submit(plans[0])
+    os.kill(other, signal.SIGKILL)
+    with pytest.raises(ExecutorBroken):
+        executor.ready(handle)
+        executor.result(handle)
+    executor.close()
+    executor.interrupt()  # by somebody who does not know that
 
 
 def _serve(path: Path, options: dict[str, Any], pids: Any) -> None:
