@@ -16,8 +16,7 @@ from scheduling.order import make_policy
 from scheduling.rules import Rules
 from tests.engine.conftest import COMPILED
 
-TURNS, ANSWER = 3, 6
-SYSTEM = tuple(3 + i * 11 % 190 for i in range(13))  # what all conversations begin with
+SYSTEM = tuple(3 + i * 11 % 60 for i in range(13))  # what all conversations begin with
 SWAP, RECOMPUTE = Rules(preemption="swap", swapping="reactive"), Rules(preemption="recompute")
 # Two logits so near to each other are a draw, as in test_swapped_generation.py.
 ROUNDING = {"float32": 1e-4, "bfloat16": 0.5, "int8": 0.5, "fp8": 1.5}
@@ -44,10 +43,11 @@ class Chats:
         )
         self.answers: dict[tuple[str, int], list[int]] = {}
         self.computed = 0
+        self.answer = 6  # tokens of each
         self.now = 0.0
 
     def submit(self, id: str, prompt: tuple[int, ...], n: int) -> None:
-        request = Request(id, prompt, Sampling(n=n), Stopping(max_tokens=ANSWER))
+        request = Request(id, prompt, Sampling(n=n), Stopping(max_tokens=self.answer))
         self.scheduler.submit(request, self.now)
 
     def run(self) -> None:
@@ -61,17 +61,17 @@ class Chats:
                     tokens += event.token_ids
             self.scheduler.check_integrity()
 
-    def talk(self, model: Any, rounding: float) -> None:
+    def talk(self, model: Any, rounding: float, *, chats: int = 4, turns: int = 3) -> None:
         """Each turn's prompt is the last one, its answer and something new."""
-        prompts = {f"c{i}": (*SYSTEM, *range(20 * i + 5, 20 * i + 10)) for i in range(4)}
-        for turn in range(TURNS):
+        prompts = {f"c{i}": (*SYSTEM, *range(15 * i + 5, 15 * i + 10)) for i in range(chats)}
+        for turn in range(turns):
             for number, (name, prompt) in enumerate(prompts.items()):
                 self.submit(f"{name}/{turn}", prompt, n=1 + number % 2)
             self.run()
             for number, (name, prompt) in enumerate(prompts.items()):
                 for index in range(1 + number % 2):
                     answer = self.answers[f"{name}/{turn}", index]
-                    assert len(answer) == ANSWER
+                    assert len(answer) == self.answer
                     model.assert_generates(prompt, answer, rounding=rounding)
                 prompts[name] = (*prompt, *answer, *(50 + turn * 3 + i for i in range(4)))
         assert self.scheduler.load().free_blocks == self.executor.capacity.blocks
