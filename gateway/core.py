@@ -66,7 +66,7 @@ class Gateway:
             self._pace,
             on_waiting=self._dispatcher.wake,
             on_done=self._session_done,
-            cached=lambda session: placing.expected(session, self.fleet),
+            cached=lambda session: max(placing.cached(session, self.fleet).values(), default=0),
         )
         self._dispatcher.bind(self.sessions, self.fleet)
         self._housekeeping = Housekeeping(queue, self.sessions, self._dispatcher)

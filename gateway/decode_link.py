@@ -110,6 +110,12 @@ class DecodeLink:
             return max(0, unanswered)
         return max(0, min(unanswered, places - self.pressure))
 
+    @property
+    def has_place(self) -> bool:
+        """One more sequence would be in the batch at once, as far as is known."""
+        batch = self.record.batch_sequences
+        return batch is None or self.pressure < batch
+
     def owes(self, tenant: str, tenants: int) -> bool:
         """Whether a request of this tenant may be sent now, room or not: of ours, it has less than
         its share of the places there. `tenants`: how many have live requests here."""

@@ -182,7 +182,7 @@ class Dispatcher:
         session = self._sessions.get(claimed.request_id)
         if session is None or len(open_links) == 1:
             return open_links[0]
-        cached = self._placing.prefixes.cached(session)
+        cached = self._placing.cached(session, self._fleet)
         return self._placing.links(open_links, session, cached)[0]
 
     async def _place_each(self, now: float) -> None:
@@ -206,7 +206,7 @@ class Dispatcher:
     async def _place(self, session: Session, links: list[DecodeLink], now: float) -> _Placed:
         """Claim the request for the best worker that has room. It is held if one without room is so
         much better that waiting is."""
-        cached = self._placing.prefixes.cached(session)
+        cached = self._placing.cached(session, self._fleet)
 
         def holds(best: WorkerRecord, other: WorkerRecord) -> bool:
             more = cached.get(best.id, 0) - cached.get(other.id, 0)
@@ -218,7 +218,7 @@ class Dispatcher:
             return _Placed.NO_ROOM
         if holds(ranked[0].record, open_links[0].record):
             return _Placed.HELD
-        ways = self._ways(session, open_links, cached, now)
+        ways = self._ways(open_links, cached, now)
         for way, other in zip_longest(ways, ways[1:]):
             if await self._claim(session, way, now):
                 return _Placed.BEGUN
@@ -226,9 +226,7 @@ class Dispatcher:
                 return _Placed.HELD
         return _Placed.NO_ROOM
 
-    def _ways(
-        self, session: Session, links: list[DecodeLink], cached: Mapping[str, int], now: float
-    ) -> list[_Way]:
+    def _ways(self, links: list[DecodeLink], cached: Mapping[str, int], now: float) -> list[_Way]:
         """Best first."""
         best = links[0]
         helpers = [
@@ -239,7 +237,7 @@ class Dispatcher:
         if not helpers:
             return [_Way(link, None) for link in links]
         ways = [_Way(best, peer) for peer in self._placing.peers(helpers, cached)]
-        if self._placing.prefills_itself(best.record.id, session, cached):
+        if best.record.id in cached:
             ways.insert(0, _Way(best, None))
         return ways
 

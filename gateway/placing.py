@@ -24,15 +24,34 @@ def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
 
 
 class Placing:
-    """Ranks workers. `cached` is always Prefixes.cached of the request: tokens by worker."""
+    """Ranks workers. `cached` is always what the method of that name gave for the request."""
 
     def __init__(self, pace: Pace, prefixes: Prefixes, routing: str, local_tokens: int) -> None:
         """`local_tokens`: as GatewayConfig.local_prefill_tokens. Raises ConfigError for an unknown
         `routing`."""
-        self.prefixes = prefixes
+        self._prefixes = prefixes
         self._pace = pace
         self._to_prefill, self._to_decode = make_router(routing), make_router(routing)
         self._local_tokens = local_tokens
+
+    def cached(self, session: Session, fleet: Fleet) -> Mapping[str, int]:
+        """Tokens of its prompt that would not be computed again, by worker.
+
+        Beside prefill workers, decode workers count only if they would compute the rest by
+        themselves: those that have a place in the batch, and so much of the prompt that a prefill
+        worker would be a detour. The first token of all others is the prefill worker's to give, as
+        soon as it can.
+        """
+        cached = self._prefixes.cached(session)
+        if not cached or not fleet.prefill:
+            return cached
+        least = len(session.job.request.prompt_ids) - self._local_tokens
+        return {
+            id: tokens
+            for id, tokens in cached.items()
+            if id in fleet.prefill
+            or (tokens >= least and (link := fleet.decode.get(id)) and link.has_place)
+        }
 
     def peers(
         self, peers: Iterable[PrefillPeer], cached: Mapping[str, int] = NOTHING
@@ -61,12 +80,6 @@ class Placing:
         ]
         return [by_id[one.id] for one in self._to_decode.rank(candidates, max(1, blocks))]
 
-    def prefills_itself(self, id: str, session: Session, cached: Mapping[str, int]) -> bool:
-        """Whether this decode worker has so much of the prompt that a prefill worker would only be
-        a detour."""
-        left = len(session.job.request.prompt_ids) - cached.get(id, 0)
-        return id in cached and left <= self._local_tokens
-
     def is_worth_waiting(self, session: Session, tokens: int, now: float) -> bool:
         """Whether it should wait for a worker that has so many tokens of its prompt more than one
         that is free now: for as long as they would take to compute. So it never waits for nothing
@@ -76,17 +89,7 @@ class Placing:
     def sent(self, session: Session, link: DecodeLink, helper: PrefillPeer | None) -> Workers:
         """It goes there now."""
         worker = link.record if helper is None else helper.record
-        cached = self.prefixes.cached(session).get(worker.id, 0)
+        cached = self._prefixes.cached(session).get(worker.id, 0)
         for record in {worker.id: worker, link.record.id: link.record}.values():
-            self.prefixes.sent(session, record)
+            self._prefixes.sent(session, record)
         return Workers(link, helper, len(session.job.request.prompt_ids) - cached)
-
-    def expected(self, session: Session, fleet: Fleet) -> int:
-        """Tokens of its prompt that will not have to be computed, wherever it goes."""
-        cached = self.prefixes.cached(session)
-        usable = [
-            tokens
-            for id, tokens in cached.items()
-            if id in fleet.prefill or not fleet.prefill or self.prefills_itself(id, session, cached)
-        ]
-        return max(usable, default=0)

@@ -101,6 +101,7 @@ def registration(
         weight_dtype=weight_dtype,
         kv_dtype=layout.dtype,
         batch_sequences=batch_sequences,
+        prefix_block_size=capacity.block_size if config.prefix_cache else 0,
     )
 
 

@@ -40,6 +40,7 @@ class Stack:
     decode: list[DecodeServer]
     metrics: CollectorRegistry  # the gateway's
     decode_metrics: list[CollectorRegistry]
+    more_gateways: list[GatewayServer]
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
@@ -87,6 +88,7 @@ async def _run(
     *,
     prefill: int = 1,
     decode: int = 1,
+    gateways: int = 1,
     gateway_settings: dict[str, Any] | None = None,
     decode_settings: dict[str, Any] | None = None,
     **worker: Any,
@@ -116,9 +118,14 @@ async def _run(
         ]
         registry = CollectorRegistry()
         gateway = await start(GatewayServer(gateway_config, model, GatewayMetrics(registry)))
-        stack = Stack(gateway.address, gateway, prefillers, decoders, registry, registries)
-        async with stack.client() as client:
-            await _until_it_answers(client)
+        more = [
+            await start(GatewayServer(gateway_config, model, GatewayMetrics(CollectorRegistry())))
+            for _ in range(gateways - 1)
+        ]
+        stack = Stack(gateway.address, gateway, prefillers, decoders, registry, registries, more)
+        for server in (gateway, *more):
+            async with Client(server.address) as client:
+                await _until_it_answers(client)
         yield stack
 
 

@@ -217,7 +217,8 @@ async def test_a_request_does_not_wait_longer_than_its_prompt_would_take(full):
 async def four(cluster, request, eventually):
     """A gateway, two prefill and two decode workers, all with caches; a conversation on the first
     of each kind, and one on the second."""
-    cluster.d = [await cluster.decode(f"decode-{i}", **CACHES) for i in range(2)]
+    one = CACHES | {"batch_sequences": 1}
+    cluster.d = [await cluster.decode(f"decode-{i}", **one) for i in range(2)]
     cluster.p = [await cluster.prefill(f"prefill-{i}", **CACHES, delay=0.2) for i in range(2)]
     await cluster.start(**{**OPTIONS, **getattr(request, "param", {})})
     await cluster.ready()
@@ -234,7 +235,6 @@ async def test_prompts_go_to_the_prefill_worker_that_has_their_beginning(four):
     for talk in (b, a, b):
         await talk.turn(four.client)
     assert [served(worker) for worker in four.p] == [["a"] * 2, ["b"] * 3]
-    assert [served(worker) for worker in four.d] == [["a"] * 2, ["b"] * 3]
 
 
 @pytest.mark.parametrize("four", [{"local_prefill_tokens": 7}], indirect=True)
@@ -246,3 +246,22 @@ async def test_a_decode_worker_that_has_nearly_all_of_a_prompt_computes_the_rest
     assert [start.local_prefill for start in four.d[1].started] == [False, True]
     assert [start.local_prefill for start in four.d[0].started] == [False, False]
     assert [served(worker) for worker in four.p] == [["a"] * 2, ["b"]]
+
+
+@pytest.mark.parametrize("four", [{"local_prefill_tokens": 7}], indirect=True)
+async def test_a_decode_worker_whose_batch_is_full_leaves_prompts_to_prefill_workers(
+    four, eventually
+):
+    _, b = four.talks
+    for worker in four.d:
+        worker.paused = True
+    busy = []
+    for name, worker in zip("xy", four.d, strict=True):
+        busy.append(asyncio.create_task(Talk(name).turn(four.client)))
+        await eventually(lambda name=name, worker=worker: served(worker)[-1] == name)
+    going_on = asyncio.create_task(b.turn(four.client))
+    await eventually(lambda: served(four.p[1])[-1] == "b")
+    assert not any(start.local_prefill for worker in four.d for start in worker.started)
+    for worker in four.d:
+        worker.paused = False
+    await asyncio.gather(going_on, *busy)
