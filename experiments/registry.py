@@ -22,6 +22,7 @@ _MODULES = {
     "experiments.balancing": ("B13",),
     "experiments.batching": ("B15",),
     "experiments.fairness": ("FAIR",),
+    "experiments.prefixes": ("PREFIX",),
 }
 
 NAMES = tuple(sorted((n for names in _MODULES.values() for n in names), key=lambda n: (len(n), n)))

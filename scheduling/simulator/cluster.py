@@ -9,12 +9,13 @@ while it waits is rejected; one that a worker has runs to its end.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from scheduling.routing import make_router
 from scheduling.simulator.outcome import Outcome, Served
 from scheduling.simulator.prefill_worker import HandedOff, SimulatedPrefillWorker, Transfer
+from scheduling.simulator.prefixes import KnownPrefixes
 from scheduling.simulator.queue import QueueOrder, WaitingQueue
 from scheduling.simulator.ranking import Ranking
 from scheduling.simulator.traffic import Job, OpenLoop, Source
@@ -30,6 +31,7 @@ class ClusterSpec:
     Late binding: a prefill worker holds at most `ahead_passes` passes' worth of prompts, a decode
     worker at most `ahead_sequences` more than fit its batch; the rest waits in the queue. Only of
     a tenant that has less than its share of these places there, a decode worker takes more.
+    `local_prefill_tokens` as in GatewayConfig. No job is held for a worker that has its prompt.
     """
 
     decode: WorkerSpec
@@ -41,6 +43,7 @@ class ClusterSpec:
     routing: str = "kv-aware"
     ahead_passes: int = 4
     ahead_sequences: int = 8
+    local_prefill_tokens: int = 256
 
     def __post_init__(self) -> None:
         if self.decode_workers < 1 or bool(self.prefill_workers) != (self.prefill is not None):
@@ -97,6 +100,12 @@ class _Cluster:
             self._prefill,
             lambda worker: not worker.jobs or worker.queued_tokens < self._ahead,
         )
+        workers: dict[str, _Worker] = {**self._decode, **self._prefill}
+        self._names = {worker: name for name, worker in workers.items()}
+        self._prefixes = KnownPrefixes(
+            {name: worker.spec for name, worker in workers.items()},
+            enabled=spec.routing == "prefix-aware",
+        )
         self._placed: dict[str, SimulatedWorker] = {}  # job id to where it decodes
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._number = 0
@@ -125,7 +134,7 @@ class _Cluster:
             stall_seconds=sum(w.executor.stall_seconds for w in decode),
             peak_kv_tokens=max(w.peak_kv_tokens for w in decode),
             rejected=self._rejected,
-            tally=sum_tallies(w.tally() for w in decode),
+            tally=sum_tallies(w.tally() for w in engines),
         )
 
     def _settle(self, now: float) -> None:
@@ -164,21 +173,38 @@ class _Cluster:
             return
 
         def arrive(now: float) -> None:
-            self._queue.push(job)
+            self._push(job)
             self._await_arrival()
 
         self._at(job.arrived_at, arrive)
 
+    def _push(self, job: Job) -> None:
+        self._prefixes.came(job)
+        self._queue.push(job, max(self._cached(job).values(), default=0))
+
+    def _cached(self, job: Job) -> Mapping[str, int]:
+        """As Placing.cached of the gateway."""
+        cached = self._prefixes.cached(job)
+        if not cached or not self._prefill:
+            return cached
+        least = job.prompt_tokens - self._spec.local_prefill_tokens
+        places = self._spec.decode.capacity.max_sequences
+        return {
+            name: tokens
+            for name, tokens in cached.items()
+            if name in self._prefill or (tokens >= least and self._decode[name].jobs < places)
+        }
+
     def _ended(self, served: Served, now: float) -> None:
         self._served.append(served)
-        self._placed.pop(served.job.id, None)
+        self._prefixes.ended(served.job, self._names[self._placed.pop(served.job.id)])
         self._queue.end(served.job, served.job.output_tokens)
         self._cause(served.job, now)
 
     def _cause(self, job: Job, now: float) -> None:
         following = self._source.finished(job, now)
         if following is not None:
-            self._at(following.arrived_at, lambda at: self._queue.push(following))
+            self._at(following.arrived_at, lambda at: self._push(following))
 
     # -- Dispatch --------------------------------------------------------------------------
 
@@ -220,11 +246,12 @@ class _Cluster:
     def _owing(self, job: Job) -> Iterator[SimulatedWorker]:
         """Decode workers on which its tenant has less than its share, best first."""
         share = self._share()
-        ranked = self._to_share.best_first(self._blocks_for(job))
+        ranked = self._to_share.best_first(self._blocks_for(job), self._cached(job))
         return (worker for worker in ranked if worker.jobs_of(job.tenant) < share)
 
     def _reject(self, job: Job, now: float) -> None:
         self._rejected += 1
+        self._prefixes.rejected(job)
         self._cause(job, now)
 
     def _fits_ever(self, job: Job) -> bool:
@@ -235,43 +262,52 @@ class _Cluster:
         """Give it to the first of these decode workers that takes it, if any does."""
         if not self._prefill:
             return self._place_whole(job, now, workers)
-        helper = self._prefill_for(job)
-        if helper is None:
-            return False
+        cached = self._cached(job)
+        helper = self._prefill_for(job, cached)
         for worker in workers:
+            if self._names[worker] in cached:
+                return self._place_whole(job, now, iter((worker,)))
+            if helper is None:
+                return False
             self._wake(worker)
             if worker.reserve(job, now):
                 if not helper.submit(job, now):
                     worker.abandon(job, now)
                     return False
-                self._placed[job.id] = worker
+                self._put(job, worker)
+                self._prefixes.sent(job, self._names[helper])
                 self._wake(helper)
                 return True
         return False
+
+    def _put(self, job: Job, worker: SimulatedWorker) -> None:
+        self._placed[job.id] = worker
+        self._prefixes.sent(job, self._names[worker])
 
     def _place_whole(self, job: Job, now: float, workers: Iterator[SimulatedWorker]) -> bool:
         for worker in workers:
             self._wake(worker)
             if worker.submit(job, now):
-                self._placed[job.id] = worker
+                self._put(job, worker)
                 return True
         return False
 
     def _decode_for(self, job: Job) -> Iterator[SimulatedWorker]:
         """Decode workers that may take one more, best first."""
-        return self._to_decode.best_first(self._blocks_for(job))
+        return self._to_decode.best_first(self._blocks_for(job), self._cached(job))
 
     def _blocks_for(self, job: Job) -> int:
         expected = job.prompt_tokens + (job.estimate.tokens if job.estimate else 0)
         return self._spec.decode.capacity.blocks_for(expected)
 
-    def _prefill_for(self, job: Job) -> SimulatedPrefillWorker | None:
+    def _prefill_for(self, job: Job, cached: Mapping[str, int]) -> SimulatedPrefillWorker | None:
         """The best prefill worker that has room for the prompt ahead of its passes; an idle one
         takes any."""
         assert self._spec.prefill is not None
         blocks = self._spec.prefill.capacity.blocks_for(job.prompt_tokens)
-        for worker in self._to_prefill.best_first(blocks):
-            if not worker.jobs or worker.queued_tokens + job.prompt_tokens <= self._ahead:
+        for worker in self._to_prefill.best_first(blocks, cached):
+            uncached = job.prompt_tokens - cached.get(self._names[worker], 0)
+            if not worker.jobs or worker.queued_tokens + uncached <= self._ahead:
                 return worker
         return None
 

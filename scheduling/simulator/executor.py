@@ -60,12 +60,13 @@ class SwapLink:
 
 class CostExecutor:
     """One worker's device. `stall_seconds`: time in which nothing was computed because swaps had
-    to end first."""
+    to end first. `prompt_tokens`: those in the chunks of all passes."""
 
     def __init__(self, cost: LinearCost, *, swap_seconds_per_block: float = 0.0) -> None:
         self.cost = cost
         self.link = SwapLink(swap_seconds_per_block)
         self.stall_seconds = 0.0
+        self.prompt_tokens = 0
         self._length_at_end: dict[Sequence, int] = {}
 
     def expect(self, sequence: Sequence, output_tokens: int) -> None:
@@ -109,7 +110,9 @@ class CostExecutor:
             end = swapped_at if plan.swaps_first else now
         if plan.chunks:
             self.stall_seconds += end - now
-            end += self.cost.seconds(Work.of(plan))
+            work = Work.of(plan)
+            end += self.cost.seconds(work)
+            self.prompt_tokens += work.prompt_tokens
         else:
             end = self._wait(end)
             self.stall_seconds += end - now

@@ -56,6 +56,7 @@ class Tally:
     swapped_in: int = 0
     swapped_blocks: int = 0  # both ways
     mispredictions: int = 0  # allotments that were exceeded
+    prompt_tokens: int = 0  # that were computed, some perhaps more than once
 
 
 @dataclass(frozen=True, slots=True)

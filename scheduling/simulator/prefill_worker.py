@@ -12,6 +12,7 @@ from scheduling.plan import StepPlan, StepResult
 from scheduling.prefill import PrefillScheduler
 from scheduling.routing import Candidate
 from scheduling.simulator.executor import CostExecutor
+from scheduling.simulator.outcome import Tally
 from scheduling.simulator.traffic import Job
 from scheduling.simulator.worker import WorkerSpec
 
@@ -43,6 +44,7 @@ class HandedOff:
 @dataclass(slots=True)
 class _Prompt:
     job: Job
+    queued: int  # tokens that were to be computed when it came
     sent: int = 0  # blocks that are queued on the link
 
 
@@ -54,7 +56,11 @@ class SimulatedPrefillWorker:
         tracker = CostTracker(spec.cost, every=0)
         self.spec = spec
         self.scheduler = PrefillScheduler(
-            spec.capacity, spec.policy(tracker), max_waiting=spec.max_waiting, cost=tracker
+            spec.capacity,
+            spec.policy(tracker),
+            max_waiting=spec.max_waiting,
+            cost=tracker,
+            block_keys=spec.block_keys,
         )
         self.executor = CostExecutor(spec.cost)
         self.steps = 0
@@ -73,9 +79,9 @@ class SimulatedPrefillWorker:
         except (InvalidRequest, Overloaded):
             return False
         self._candidate = None
-        self._prompts[job.id] = _Prompt(job)
+        self._prompts[job.id] = prompt = _Prompt(job, job.prompt_tokens - sequence.cached)
         self.executor.expect(sequence, job.output_tokens)
-        self.queued_tokens += job.prompt_tokens
+        self.queued_tokens += prompt.queued
         return True
 
     def release(self, blocks: Items[int]) -> None:
@@ -101,6 +107,10 @@ class SimulatedPrefillWorker:
                 outstanding_tokens=0,
             )
         return self._candidate
+
+    def tally(self) -> Tally:
+        """Counters since the start."""
+        return Tally(prompt_tokens=self.executor.prompt_tokens)
 
     @property
     def jobs(self) -> int:
@@ -137,7 +147,7 @@ class SimulatedPrefillWorker:
         sequence = event.sequence
         prompt = self._prompts.pop(sequence.request.id)
         self.executor.forget(sequence)
-        self.queued_tokens -= prompt.job.prompt_tokens
+        self.queued_tokens -= prompt.queued
         self._send(prompt, len(sequence.blocks), now)
         kv_at = max(now, self._link_free_at) + self._transfer.latency
         return HandedOff(prompt.job, kv_at, tuple(sequence.blocks))

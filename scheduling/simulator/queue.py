@@ -88,11 +88,12 @@ class WaitingQueue:
         """Jobs that wait."""
         return len(self._queue)
 
-    def push(self, job: Job) -> None:
-        """A job arrives."""
+    def push(self, job: Job, cached: int = 0) -> None:
+        """A job arrives. So many tokens of its prompt need not be computed, as is expected."""
         order, expected = self._order, self._expected
         tokens = expected.tokens(job.estimate, job.max_tokens)
-        service = expected.service(job.prompt_tokens, tokens)
+        uncached = job.prompt_tokens - cached
+        service = expected.service(uncached, tokens)
         arrived = round(job.arrived_at * SECOND)
         ticket = Ticket(
             id=job.id,
@@ -113,7 +114,7 @@ class WaitingQueue:
         self._arrivals += job.arrived_at
         self._head_is_known = False
         self._watch(job)
-        self._queue.submit(ticket, job.prompt_tokens)
+        self._queue.submit(ticket, uncached)
 
     def level(self, job: Job) -> int:
         """Its level now."""

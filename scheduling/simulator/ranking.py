@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 from scheduling.routing import Candidate, KvAware, LeastOutstanding, Router
@@ -16,6 +17,8 @@ class Routable(Protocol):
         """What a router sees of it."""
         ...
 
+
+_NOTHING: Mapping[str, int] = {}
 
 W = TypeVar("W", bound=Routable)
 
@@ -40,11 +43,15 @@ class Ranking(Generic[W]):
         """It has changed."""
         self._changed[self._names[id(worker)]] = None
 
-    def best_first(self, blocks: int) -> Iterator[W]:
-        """Open workers for a request that is expected to need so many blocks. They may be changed
-        only when the iteration is over."""
-        if not isinstance(self._router, KvAware | LeastOutstanding):
-            open_ones = [w.candidate(n) for n, w in self._workers.items() if self._is_open(w)]
+    def best_first(self, blocks: int, cached: Mapping[str, int] = _NOTHING) -> Iterator[W]:
+        """Open workers for a request that is expected to need so many blocks, and has `cached`
+        tokens of its prompt there. They may be changed only when the iteration is over."""
+        if cached or not isinstance(self._router, KvAware | LeastOutstanding):
+            open_ones = [
+                replace(worker.candidate(name), cached_tokens=cached.get(name, 0))
+                for name, worker in self._workers.items()
+                if self._is_open(worker)
+            ]
             yield from (self._workers[c.id] for c in self._router.rank(open_ones, blocks))
             return
         self._refresh()

@@ -8,11 +8,13 @@ from collections.abc import Sequence as Items
 from dataclasses import astuple, dataclass, field
 
 from baton.errors import InvalidRequest, Overloaded
+from baton.prefix import block_keys
 from baton.types import Output
 from scheduling.cost import CostTracker, LinearCost
 from scheduling.events import DecodeEvent
 from scheduling.order import Policy
 from scheduling.plan import Capacity, StepPlan, StepResult
+from scheduling.prefix import BlockKeys
 from scheduling.routing import Candidate
 from scheduling.rules import Rules
 from scheduling.sequence import Sequence
@@ -29,7 +31,8 @@ _NO_LIMIT = 1 << 30
 class WorkerSpec:
     """What a simulated worker is made of. `policy` builds a fresh order per worker; the tracker
     that it gets holds `cost` and never changes, as if the engine had been measured for long.
-    `swap_seconds_per_block`: each way."""
+    `swap_seconds_per_block`: each way. A `prefix_cache` is for jobs with prompt ids: all others
+    begin alike."""
 
     capacity: Capacity
     cost: LinearCost
@@ -37,6 +40,12 @@ class WorkerSpec:
     rules: Rules = field(default_factory=Rules)
     swap_seconds_per_block: float = 0.0
     max_waiting: int = _NO_LIMIT
+    prefix_cache: bool = False
+
+    @property
+    def block_keys(self) -> BlockKeys | None:
+        """For its scheduler."""
+        return block_keys if self.prefix_cache else None
 
 
 @dataclass(slots=True)
@@ -84,6 +93,7 @@ class SimulatedWorker:
             max_waiting=spec.max_waiting,
             rules=spec.rules,
             cost=tracker,
+            block_keys=spec.block_keys,
         )
         self.executor = CostExecutor(spec.cost, swap_seconds_per_block=spec.swap_seconds_per_block)
         self.steps = 0
@@ -303,7 +313,7 @@ class SimulatedWorker:
         del self._live[job.id]
         self._tenants[job.tenant] -= 1
         self.executor.forget(live.sequence)
-        self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1
+        self._kv_tokens -= job.prompt_tokens + job.output_tokens - 1 - live.sequence.cached
         self.expected_tokens -= _expected(job)
         assert live.first_token_at is not None
         return Served(
@@ -326,6 +336,7 @@ class SimulatedWorker:
             swapped_in=counters.swapped_in,
             swapped_blocks=counters.blocks_out + counters.blocks_in,
             mispredictions=counters.mispredictions,
+            prompt_tokens=self.executor.prompt_tokens,
         )
 
     def candidate(self, name: str) -> Candidate:
