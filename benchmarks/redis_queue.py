@@ -9,6 +9,7 @@ on the machine does not count) and the median latency that one client sees.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import statistics
 import sys
 import time
@@ -18,12 +19,15 @@ from typing import Any
 from redis.asyncio import Redis
 
 from baton.types import Load
+from queueing import keys
 from queueing.contract import Claimed, Outcome, Progress, Registration, Role, Submission
 from queueing.embedded import EmbeddedRedis, find_servers
-from queueing.redis_queue import RedisGatewayQueue, RedisWorkerQueue
+from queueing.prefixes import PrefixExchange
+from queueing.redis_queue import LOOK_AHEAD, RedisGatewayQueue, RedisWorkerQueue
 from queueing.settings import QueueSettings
 
 CALLS = 300
+KEYS = 128  # of blocks, told in one call
 TENANTS = 50
 MANY = QueueSettings(
     max_queued_requests=10**6,
@@ -69,8 +73,24 @@ async def run(url: str, queued: int) -> None:
     print(f"{queued} waiting")
     ids = range(queued + 16, queued + 16 + CALLS)
     await measure("submit", raw, [lambda i=i: submit(i) for i in ids])
+    await measure("next_up(16)", raw, [lambda: gateway.next_up(16)] * CALLS)
+    names = await gateway.next_up(LOOK_AHEAD)
+    await measure(
+        "claim by name", raw, [lambda id=id: gateway.claim(target, 1, only=id) for id in names]
+    )
     batches = await measure("claim(8)", raw, [lambda: gateway.claim(target, 8)] * CALLS)
     claimed: list[Claimed] = [one for batch in batches for one in batch]
+    exchange = PrefixExchange(url, pool)
+    told = [
+        {(target.id, target.epoch): [secrets.token_bytes(16) for _ in range(KEYS)]}
+        for _ in range(CALLS)
+    ]
+    await measure(
+        f"prefixes({KEYS})", raw, [lambda news=news: exchange.exchange(news) for news in told]
+    )
+    held = await raw.memory_usage(keys.key(pool, "prefixes", target.id), samples=0)
+    print(f"  prefix map     {held / len(told) / KEYS:7.0f} bytes per key")
+    await exchange.close()
     load = Load(64, 0, 10, 1000)
 
     def report(step: int) -> Awaitable[Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from baton.prefix import block_keys, salt_of
 from baton.types import Request
 
-MAX_KEYS = 1 << 18  # of all workers together
+MAX_KEYS = 1 << 18  # of all workers together: 70 MB
 MAX_BLOCKS = 2048  # of one prompt, from its beginning
 RENEW_SECONDS = 60.0  # a key in use is told anew after so long, or others would forget it
 

@@ -107,6 +107,7 @@ async def test_of_a_prefix_that_is_there_nothing_is_handed_over_again(
 ) -> None:
     settings = {"dtype": "float32", "attention_backend": "triton", "block_size": 4}
     settings |= {"kv_blocks": 64, "decode_settings": {"kv_transports": transport}}
+    settings |= {"gateway_settings": {"local_prefill_tokens": 0}}
     first = [5, 9, 70, 33, 12, 60, 8, 101, 44]  # two blocks, and one token
     second = [*first[:8], 61, 62, 63, 64, 65]  # two more blocks
     found, pulled = [], []

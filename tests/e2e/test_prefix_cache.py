@@ -37,6 +37,7 @@ async def test_the_turns_of_a_conversation_are_computed_and_handed_over_once(
         kv_dtype=kv_dtype,
         attention_backend=backend,
         record_run=files[0],
+        gateway_settings={"local_prefill_tokens": 0},
         decode_settings={"kv_transports": transport, "record_run": files[1]},
     ) as stack:
         async with stack.client() as client:
