@@ -17,6 +17,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ class Names(click.ParamType):  # type: ignore[type-arg]
 @click.option("--formats", type=Names(_FORMATS), default="none,int8,int4", show_default=True)
 @click.option("--kv", type=click.Choice(list(KV)), default="auto", show_default=True)
 @click.option("--only", type=Names(PARTS), default=",".join(PARTS), show_default=True)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="passes on so many devices beside one, too",
+)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--minutes", type=float, help="begin no section after so many")
 @click.option("--quick", is_flag=True, help="tiny sizes, to try the benchmark itself")
@@ -92,6 +100,7 @@ def _bench(
     formats: tuple[str, ...],
     kv: str,
     only: tuple[str, ...],
+    tensor_parallel: int,
     rounds: int,
     minutes: float | None,
     quick: bool,
@@ -127,6 +136,8 @@ def _bench(
         if "passes" in only:
             for quantization in formats:
                 section(f"{shape}, {quantization}", _passes(bench, shape, quantization, kv))
+        if tensor_parallel > 1:
+            section(f"{shape}, shards", partial(bench.parallel, shape, tensor_parallel))
         if "serving" in only:
             section(f"{shape}, serving", _serving(bench, shape, rounds))
     for verdict in judged(bench.records) if device.type == "cuda" else ():

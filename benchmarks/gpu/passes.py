@@ -87,10 +87,7 @@ def measure(
 ) -> Timed:
     """Time one shape as a worker would run it: so many steps of generation, or a sixth as many
     passes over prompts."""
-    if shape.prompt:
-        took = median(_prompts(executor, shape, max(1, steps // 6)))
-    else:
-        took = median(_generation(executor, shape, steps))
+    took = seconds(executor, shape, steps)
     gap = found = None
     device = executor.pool.storage.device
     if not shape.prompt:
@@ -108,6 +105,13 @@ def measure(
         gap=gap,
         waiting=found,
     )
+
+
+def seconds(executor: GpuExecutor, shape: Shape, steps: int) -> float:
+    """The median of so many steps of generation, or of a sixth as many passes over prompts."""
+    if shape.prompt:
+        return median(_prompts(executor, shape, max(1, steps // 6)))
+    return median(_generation(executor, shape, steps))
 
 
 def _first(shape: Shape, steps: int) -> int:

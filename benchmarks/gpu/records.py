@@ -19,7 +19,7 @@ class Record:
     device: str
     date: str
     torch: str
-    section: str  # ceilings, kernels, attention, handoff, passes or serving
+    section: str  # ceilings, kernels, attention, handoff, passes, parallel or serving
     shape: str  # of the model; empty where there is none
     format: str  # of weights, or of KV for attention; empty where there is none
     workload: str

@@ -88,13 +88,14 @@ def _sections(records: list[Record]) -> Iterable[str]:
                 "by host one block us",
             ),
         ),
+        ("parallel", "Shards beside one device", ("seconds", "seconds on one", "ratio")),
         ("kernels", "Kernels", ("seconds", "share")),
     ):
         values: dict[str, dict[str, float]] = {}
         for record in records:
             if record.section == section:
                 values.setdefault(_named(record), {})[record.metric] = record.value
-        heads = tuple("ms" if metric == "seconds" else metric for metric in metrics)
+        heads = tuple(metric.replace("seconds", "ms") for metric in metrics)
         rows = [
             (name, *(_cell(metric, found.get(metric)) for metric in metrics))
             for name, found in values.items()
@@ -110,7 +111,7 @@ def _named(record: Record) -> str:
 def _cell(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    if metric == "seconds":
+    if metric.startswith("seconds"):
         return f"{value * 1e3:.3f}"
     if metric.endswith("tokens/s"):
         return f"{value:.0f}"

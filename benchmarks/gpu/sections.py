@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import attention, ceilings, handoff, kernels, passes, serving
+from benchmarks.gpu import attention, ceilings, handoff, kernels, parallel, passes, serving
 from benchmarks.gpu.kernels import LLAMA_8B, TINY, Case
 from benchmarks.gpu.models import SHAPES, Sizes, config_of, executor
 from benchmarks.gpu.passes import Shape, Timed
@@ -21,6 +21,7 @@ PARTS = ("kernels", "attention", "handoff", "passes", "serving")
 KV = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _GENERATION = ((1, 128), (1, 8000), (8, 2048), (64, 2048))  # batch, context
 _PROMPTS = ((1, 512), (1, 2048), (8, 1024), (2, 4096))  # sequences, tokens
+_SHARED = (Shape(1, 8000), Shape(8, 2048), Shape(64, 2048), Shape(1, prompt=2048))  # by shards
 _BLOCK = 16
 _SPARE = 2**31  # bytes of the device that stay free beside a pool
 
@@ -192,6 +193,34 @@ class Bench:
             f"ratio {found.ratio:.2f}"
         )
         self.records += self._source.records("serving", load.name, rates, shape=shape)
+
+    def parallel(self, shape: str, degree: int) -> None:
+        """On several devices that share each layer, beside one."""
+        if self._device.type == "cuda" and torch.cuda.device_count() < degree:
+            self._console.print(f"{shape}, {degree} shards: left out, there are not so many GPUs")
+            return
+        steps = 3 if self._quick else 40
+        config = config_of(SHAPES[shape]())
+        count = ModelCount.of(config, *[str(self._dtype).removeprefix("torch.")] * 2)
+        wanted = [
+            one
+            for one in self._wanted(config.max_context, steps, count)
+            if self._quick or one in _SHARED
+        ]
+        sizes = _sizes(wanted, steps)
+        found = parallel.compare(shape, degree, wanted, self._device, sizes, self._dtype, steps)
+        table = Table(f"{shape}, {degree} shards", "ms", "ms on one", "ratio")
+        for each in found:
+            values = {
+                "seconds": median(each.several),
+                "seconds on one": median(each.one),
+                "ratio": each.ratio,
+            }
+            ms = (f"{values[name] * 1e3:.2f}" for name in ("seconds", "seconds on one"))
+            table.add_row(each.shape.name, *ms, f"{each.ratio:.2f}")
+            workload = f"{each.shape.name}, {degree} shards"
+            self.records += self._source.records("parallel", workload, values, shape=shape)
+        self._console.print(table)
 
 
 def _sizes(wanted: list[Shape], steps: int) -> Sizes:

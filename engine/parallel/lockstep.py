@@ -110,7 +110,7 @@ def pack_rows(rows: DecodeRows, token_ids: NDArray[np.int64] | None) -> bytes:
 
 def unpack_rows(data: bytes, block_size: int) -> tuple[DecodeRows, NDArray[np.int64] | None]:
     """What was packed."""
-    numbers: NDArray[np.int32] = np.frombuffer(data, np.int32)
+    numbers: NDArray[np.int32] = np.frombuffer(bytearray(data), np.int32)  # torch may write to it
     count, width = numbers[1:3].tolist()
     at, tables, ids = np.split(numbers[3:], np.cumsum((count, count * width)))
     tables = tables.reshape(count, width)

@@ -20,7 +20,8 @@ from engine.model.options import ModelOptions
 from engine.model.pool import KvGeometry
 from engine.model.swap import Swapper
 from engine.parallel.message import Kind, pack, say, unpack_output
-from engine.parallel.stage import Setup, Stage
+from engine.parallel.shard import ShardedCheckpoint
+from engine.parallel.stage import Setup, Stage, Weights
 from engine.parallel.store import MappedStore, OwnStore, Room, open_store, portion_of
 from engine.parallel.team import Team, device_of
 from engine.parallel.topology import Topology
@@ -49,10 +50,11 @@ class ParallelModel:
         fused: bool,
         threads: int,
         patience: float,
+        weights: Weights = ShardedCheckpoint,
     ) -> None:
         """`fused`: ranks run Triton's kernels. `threads` of each rank; `patience`: longest wait for
-        another rank in a pass, seconds. Raises ConfigError where the model cannot be divided as the
-        options say."""
+        another rank in a pass, seconds; `weights`: see Setup. Raises ConfigError where the model
+        cannot be divided as the options say."""
         self.topology = Topology(options.tensor_parallel, options.pipeline_parallel)
         self.topology.require(
             layers=config.layers,
@@ -66,6 +68,7 @@ class ParallelModel:
         self.device = torch.device(device_of(options.device, 0))
         self._config, self._options, self._dtype = config, options, dtype
         self._fused, self.threads, self._patience = fused, threads, patience
+        self._weights = weights
         self.lockstep = fused and self.topology.pipeline == 1
         self._team: Team | None = None
         self._stage: Stage | None = None
@@ -88,6 +91,7 @@ class ParallelModel:
             own_pools=self.device.type != "cpu" or self._options.attention_backend == "triton",
             threads=self.threads,
             patience=self._patience,
+            weights=self._weights,
         )
         self._team = Team(setup)
         try:

@@ -19,6 +19,7 @@ from engine.attention.select import select_attention
 from engine.model.config import ModelConfig
 from engine.model.model import Output
 from engine.model.pool import KvGeometry
+from engine.model.weights import Checkpoint
 from engine.parallel.group import Group, Rendezvous
 from engine.parallel.shard import Shard, ShardedCheckpoint
 from engine.parallel.topology import Topology
@@ -33,6 +34,10 @@ MODELS = {
     "Qwen3ForCausalLM": "engine.model.llama:Llama",
 }
 """Those whose layers know of parts (engine/model/part.py)."""
+
+
+Weights = Callable[[Path, torch.dtype, torch.device, Topology], Checkpoint]
+"""Of the directory, the format, the device and the rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Setup:
     own_pools: bool  # each rank has a pool of its own (engine/parallel/store.py)
     threads: int
     patience: float  # longest wait for another rank in a pass, seconds
+    weights: Weights = ShardedCheckpoint  # makes what the rank's tensors are read from
     rendezvous: Path | None = None  # the file where the ranks find each other
 
 
@@ -74,7 +80,7 @@ class Stage:
         self.device = device = torch.device(setup.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        checkpoint = ShardedCheckpoint(config.path, setup.dtype, device, topology)
+        checkpoint = setup.weights(config.path, setup.dtype, device, topology)
         assert setup.rendezvous is not None
         meeting = Rendezvous(setup.rendezvous, topology.ranks, device, setup.patience)
         self.shards = _group(meeting, f"stage-{topology.stage}", topology.shard, topology.tensor)
@@ -144,7 +150,7 @@ def _named(config: ModelConfig) -> tuple[str, str]:
     return module, name
 
 
-def _model(setup: Setup, checkpoint: ShardedCheckpoint, part: Shard) -> StagedModel:
+def _model(setup: Setup, checkpoint: Checkpoint, part: Shard) -> StagedModel:
     if setup.fused:
         from engine.gpu.model import StagedGpuLlama
 
