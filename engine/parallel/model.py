@@ -215,3 +215,5 @@ class ParallelModel:
         """End the other ranks. Idempotent."""
         if self._team is not None:
             self._team.close()
+        if self._stage is not None:
+            self._stage.abort()

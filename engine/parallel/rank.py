@@ -89,9 +89,9 @@ class Rank:
                 self._mover.begin(unpack_move(message))
 
     def close(self) -> None:
-        """End the threads that swap. Idempotent."""
-        if self._mover is not None:
-            self._mover.close()
+        """Give the pool up, and leave the others."""
+        self._give_up()
+        self._stage.abort()
 
     def _run(self, message: bytes) -> None:
         if self._follower is not None:
@@ -123,7 +123,8 @@ class Rank:
         self._tell(READY)
 
     def _give_up(self) -> None:
-        self.close()
+        if self._mover is not None:
+            self._mover.close()
         self._store = self._mover = self._follower = None
 
 

@@ -85,6 +85,7 @@ class Stage:
         meeting = Rendezvous(setup.rendezvous, topology.ranks, device, setup.patience)
         self.shards = _group(meeting, f"stage-{topology.stage}", topology.shard, topology.tensor)
         self._line = _group(meeting, f"shard-{topology.shard}", topology.stage, topology.pipeline)
+        self._connected = tuple(group for group in (self.shards, self._line) if group is not None)
         self._part = Shard(topology, self.shards)
         self._model = _model(setup, checkpoint, self._part)
         self._topology, self.dtype = topology, setup.dtype
@@ -104,12 +105,12 @@ class Stage:
         return self._part.output(self._model.logits(x, batch), batch, self._vocab_size)
 
     def abort(self) -> None:
-        """Stop waiting for a rank that is lost: on a GPU nothing else would. Gloo sees broken
-        connections by itself."""
+        """Leave the other ranks, or stop waiting for one that is lost: on a GPU nothing else would.
+        Gloo sees broken connections by itself. Idempotent."""
+        groups, self._connected = self._connected, ()
         if self.device.type == "cuda":
-            for group in (self.shards, self._line):
-                if group is not None:
-                    group.abort()
+            for group in groups:
+                group.abort()
 
     def fused_model(self) -> GpuLlama:
         """Its part of a model whose ranks are `fused`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -289,3 +291,23 @@ def test_a_plan_of_many_sequences_fits_the_line_to_the_ranks(ranks: Ranks) -> No
     sequence.tokens = [5] * 160_000
     executor.execute(plan)
     executor.pool.clear([0])
+
+
+_TOUCHES = """
+import importlib, sys, torch
+touched = []
+for name in ("is_available", "device_count", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name: touched.append(name))
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+sys.exit(str(touched) if touched else 0)
+"""
+
+
+def test_what_ranks_are_forked_from_leaves_cuda_alone() -> None:
+    """A driver that was looked at before a fork is of no use behind it."""
+    modules = ("engine.parallel.rank", "engine.gpu.model", "engine.model.llama")
+    found = subprocess.run(
+        [sys.executable, "-c", _TOUCHES, *modules], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
