@@ -288,7 +288,7 @@ class Chooser:
         kv = self._kv
         host = kv.swaps.host.free
         shortage = kv.shortage(head, free, self._ahead)
-        keeping = frozenset(kv.known(head)) if head.phase is Phase.WAITING else frozenset[int]()
+        keeping = frozenset(kv.known(head))
         victims: list[Sequence] = []
         for sequence in reversed(candidates):
             if shortage <= 0:

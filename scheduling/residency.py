@@ -104,6 +104,7 @@ class Residency:
         if self.head_blocked or self._shortage(sequence, known, self.blocks.free) > 0:
             return False
         self._give_blocks(sequence, known)
+        self.prefixes.count(sequence)
         sequence.move(Phase.INCOMING)
         self.incoming.append(sequence)
         return True
@@ -154,7 +155,7 @@ class Residency:
         del self.moving[sequence]
         if phase is Phase.RETURNING:
             self._unreserved -= not sequence.allotment
-            self.blocks.release(sequence.blocks[len(sequence.host_blocks) :])
+            self.blocks.release(_beside_swap(sequence))
         self.fresh.discard(sequence)
         self.reservations.leave(sequence)
         sequence.blocks, sequence.host_blocks, sequence.computed = [], [], 0
@@ -172,18 +173,19 @@ class Residency:
     ) -> int:
         """How many blocks more than `free` there must be to let it in, or back, and leave the
         headroom; 0 or less if there are enough. `among` as in Reservations.shortage."""
-        known = self.known(sequence) if sequence.phase is Phase.WAITING else []
-        return self._shortage(sequence, known, free, among)
+        return self._shortage(sequence, self.known(sequence), free, among)
 
     def known(self, sequence: Sequence) -> list[int]:
-        """The blocks that a waiting sequence can share with others: those of its longest known
-        prefix, or the full ones of its prompt if a sibling has computed them. Notes in
-        `sequence.cached` how much that is."""
-        found, shared = self.prefixes.find(sequence), self.prompts.blocks(sequence)
-        if len(shared) > len(found):
-            sequence.cached = len(shared) * self._capacity.block_size
-            return shared
-        return found
+        """The blocks that a waiting or swapped sequence can share with others: those of its longest
+        known prefix, or the full ones of its prompt if a sibling has computed them; of a swapped
+        one's, not all that it has on the host. Notes in `sequence.cached` how much that is."""
+        known, shared = self.prefixes.find(sequence), self.prompts.blocks(sequence)
+        if len(shared) > len(known):
+            known = shared
+        if sequence.phase is Phase.SWAPPED:
+            known = known[: len(sequence.host_blocks) - 1]
+        sequence.cached = len(known) * self._capacity.block_size
+        return known
 
     def _shortage(
         self,
@@ -213,6 +215,7 @@ class Residency:
         if self._shortage(sequence, known, self.blocks.free, among) > 0:
             return False
         self._give_blocks(sequence, known)
+        self.prefixes.count(sequence)
         sequence.computed = sequence.cached
         del self.waiting[sequence]
         self._run(sequence)
@@ -224,7 +227,6 @@ class Residency:
         needed = self._capacity.blocks_for(len(sequence.tokens)) - len(shared)
         sequence.blocks = shared + self.blocks.allocate(needed)
         sequence.kept = len(shared)
-        self.prefixes.count(sequence)
         self.reservations.enter(sequence)
 
     def admit_siblings(self, sequence: Sequence) -> None:
@@ -254,7 +256,6 @@ class Residency:
         self.reservations.resubmit(sequence)
         sequence.preemptions += 1
         self._swapped_out += 1
-        sequence.cached = 0  # it will come back to blocks of its own
         sequence.move(Phase.LEAVING)
         self.moving[sequence] = None
         self.swaps.out(sequence, now)
@@ -264,13 +265,14 @@ class Residency:
         self, sequence: Sequence, now: float, among: Collection[Sequence] | None = None
     ) -> bool:
         """Begin to copy the KV of a swapped sequence back, into blocks for all its tokens, if there
-        is room."""
-        if self.shortage(sequence, self.blocks.free, among) > 0:
+        is room. What is known on the device is not copied."""
+        known = self.known(sequence)
+        if self._shortage(sequence, known, self.blocks.free, among) > 0:
             return False
-        sequence.blocks = self.blocks.allocate(self._capacity.blocks_for(len(sequence.tokens)))
-        sequence.kept = 0
+        self._give_blocks(sequence, known)
+        self.swaps.host.release(sequence.host_blocks[: len(known)])
+        sequence.host_blocks = sequence.host_blocks[len(known) :]
         del self.swapped[sequence]
-        self.reservations.enter(sequence)
         self._unreserved += not sequence.allotment
         self._swapped_in += 1
         self._blocks_in += len(sequence.host_blocks)
@@ -357,7 +359,7 @@ class Residency:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
         returning = [s for s in self.moving if s.phase is Phase.RETURNING]
         own = [s.blocks for s in (*self.running, *self.incoming)]
-        own += [s.blocks[len(s.host_blocks) :] for s in returning]
+        own += [_beside_swap(s) for s in returning]
         self.blocks.check_integrity([*own, *self.swaps.device_blocks()])
         self.swaps.check_integrity(self.swapped)
         live = [s for s in self.incoming if s.phase is Phase.INCOMING]
@@ -388,3 +390,10 @@ class Residency:
         for sequence in self.incoming:
             if sequence.phase not in (Phase.INCOMING, Phase.FINISHED):
                 raise RuntimeError(f"sequence {sequence.id} expects no KV")
+
+
+def _beside_swap(sequence: Sequence) -> list[int]:
+    """The blocks of a returning sequence that its swap does not fill: those that it shares, and the
+    one for tokens to come."""
+    first = sequence.kept
+    return sequence.blocks[:first] + sequence.blocks[first + len(sequence.host_blocks) :]

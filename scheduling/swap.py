@@ -98,16 +98,17 @@ class SwapBook:
         self._device.release(sequence.blocks[kept:])
         sequence.blocks = sequence.blocks[:kept]
         sequence.host_blocks = self.host.allocate(kept)
-        self._begin(sequence, now, out=True)
+        self._begin(sequence, sequence.blocks, now, out=True)
 
     def back(self, sequence: Sequence, now: float) -> None:
-        """Begin to copy it into the first of its new device blocks. Its host blocks, and those
-        that the copy fills, are the swap's until it is complete."""
-        self._begin(sequence, now, out=False)
+        """Begin to copy it into the first of its new device blocks, after those that it shares. Its
+        host blocks, and those that the copy fills, are the swap's until it is complete."""
+        end = sequence.kept + len(sequence.host_blocks)
+        self._begin(sequence, sequence.blocks[sequence.kept : end], now, out=False)
 
-    def _begin(self, sequence: Sequence, now: float, *, out: bool) -> None:
+    def _begin(self, sequence: Sequence, device: list[int], now: float, *, out: bool) -> None:
         host = sequence.host_blocks
-        swap = Swap(self._next, sequence, tuple(sequence.blocks[: len(host)]), tuple(host))
+        swap = Swap(self._next, sequence, tuple(device), tuple(host))
         self._next += 1
         self._moving[out] += len(host)
         flight = _Flight(swap, out, now, self._moving[out])

@@ -167,6 +167,26 @@ def test_a_sequence_that_was_swapped_is_found_again() -> None:
     assert computed(worker, replace(both[1], id="c")) == 4
 
 
+@pytest.mark.parametrize("swapping", ["proactive", "reactive"])
+def test_a_sequence_that_comes_back_shares_what_is_still_on_the_device(swapping: str) -> None:
+    worker = caching(
+        replace(CAPACITY, blocks=15, host_blocks=20),
+        rules=Rules(preemption="swap", swapping=swapping, swap_reserve=0.0),
+    )
+    many = [request(name, 20, most=16) for name in "abc"]
+    worker.submit(many[0])
+    worker.step()
+    for one in many[1:]:
+        worker.submit(one)
+    worker.finish()
+    right(worker, *many)
+    counters = worker.scheduler.counters
+    assert counters.swapped_in > 0
+    # The prompt, whose KV the others have, has gone out with the rest and is not brought back.
+    assert counters.blocks_in <= counters.blocks_out - 4 * counters.swapped_in
+    assert worker.scheduler._kv.swaps.host.free == 20
+
+
 def test_siblings_share_with_those_who_came_before_and_with_each_other() -> None:
     worker = caching()
     one = request("a", 18, n=3)
