@@ -38,6 +38,7 @@ from scheduling.events import DecodeEvent, RequestFailed
 from scheduling.filling import Door
 from scheduling.group import Group, Groups
 from scheduling.in_flight import InFlight
+from scheduling.load import load_of
 from scheduling.order import Policy
 from scheduling.plan import Capacity, Sampled, StepPlan, StepResult
 from scheduling.prefix import BlockKeys, PrefixCounters
@@ -320,18 +321,8 @@ class DecodeScheduler:
         return self._door.opens_at
 
     def load(self) -> Load:
-        """How busy this worker is. Sequences whose KV is on its way in count as running, those
-        that are swapped out as waiting."""
-        kv = self._kv
-        returning = sum(s.phase is Phase.RETURNING for s in kv.moving)
-        return Load(
-            running=len(kv.running) + len(kv.incoming) + returning,
-            waiting=len(kv.waiting) + len(kv.swapped) + len(kv.moving) - returning,
-            free_blocks=kv.blocks.free,
-            total_blocks=kv.blocks.total,
-            swapped=len(kv.swapped) + len(kv.moving) - returning,
-            host_blocks=kv.swaps.host.total - kv.swaps.host.free,
-        )
+        """How busy this worker is."""
+        return load_of(self._kv)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if a block is lost or owned twice, or a sequence is out of place."""
