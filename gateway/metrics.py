@@ -23,6 +23,13 @@ class GatewayMetrics:
         self.requests = counter("baton_requests", "Requests ended, by gRPC status", ["code"])
         self.inflight = gauge("baton_requests_inflight", "Requests being served")
         self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of accepted requests")
+        self.cached_tokens = counter(
+            "baton_cached_prompt_tokens", "Prompt tokens that were not computed, of ended requests"
+        )
+        self.expected_cached_tokens = counter(
+            "baton_expected_cached_prompt_tokens",
+            "Prompt tokens that some worker was expected to have, of ended requests",
+        )
         self.generation_tokens = counter(
             "baton_generation_tokens", "Output tokens of ended requests"
         )
@@ -56,6 +63,8 @@ class GatewayMetrics:
     def session_done(self, session: Session, now: float) -> None:
         """Account for a session that is over."""
         self.generation_tokens.inc(session.generated)
+        self.cached_tokens.inc(session.cached_tokens)
+        self.expected_cached_tokens.inc(session.expected_cached)
         if session.time_to_first_token is not None:
             self.time_to_first_token.observe(session.time_to_first_token)
             self.queue_time.observe(session.stages.queue)

@@ -86,6 +86,7 @@ class Session:
         self.error: Exception | None = None
         self.done = asyncio.Event()
         # Set by its owner.
+        self.expected_cached = 0  # tokens of the prompt, when it came
         self.waiting_since = job.request.arrived_at
         self.level = 0
         self.claim: Claim | None = None

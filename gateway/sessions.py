@@ -117,7 +117,7 @@ class Sessions:
         self._timers[request.id] = []
         self._idle.clear()
         try:
-            cached = self._cached(session)
+            cached = session.expected_cached = self._cached(session)
             submission = self._pace.submission(job, _time_left(request), cached)
             self._submissions[request.id] = submission
             level = await self._queue.submit(submission)
@@ -219,7 +219,7 @@ class Sessions:
         if restart:
             session.waiting_since = now
         self._waiting.add(session.id)
-        if self._submissions[session.id].cached_tokens:
+        if session.expected_cached:
             self._drawn.add(session.id)
         self._waiting_of.setdefault(session.job.tenant, set()).add(session.id)
         left = session.waiting_since + session.job.queue_timeout - now

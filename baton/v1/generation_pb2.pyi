@@ -227,8 +227,8 @@ class GenerateRequest(_message.Message):
     prompt is rejected that leaves no room for one output token.
     """
     session_id: _builtins.str
-    """Groups requests for cache-affine routing; empty means none. A hint, without
-    effect where there is no prefix cache.
+    """Groups requests; empty means none. Without effect: requests of one
+    conversation are routed together by how their prompts begin.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:

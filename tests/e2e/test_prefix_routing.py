@@ -72,6 +72,10 @@ async def test_interleaved_conversations_find_all_that_was_computed(
             output, cached = await talk.turn(next(clients))
             assert cached == known(whole)
             model.assert_generates(prompt, output)
+        told = stack.metrics.get_sample_value
+        if gateways == 1:
+            found = told("baton_cached_prompt_tokens_total")
+            assert found == told("baton_expected_cached_prompt_tokens_total") > 0
         for client in {next(clients) for _ in servers}:
             await client.close()
         await stack.quiet()
