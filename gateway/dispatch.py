@@ -45,7 +45,7 @@ class _Placed(Enum):
     """What came of the look for a worker."""
 
     BEGUN = auto()
-    HELD = auto()  # it waits for a worker that has more of its prompt
+    PASSED = auto()  # those behind it may go first: it waits for a better worker
     NO_ROOM = auto()
 
 
@@ -117,14 +117,15 @@ class Dispatcher:
         what waits of tenants that have less than their share there: what others have sent ahead
         gives way to it on the worker (scheduling/shares.py)."""
         now = time.monotonic()
+        links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
         if self._sessions.drawn:
-            await self._place_each(now)
+            await self._place_each(links, now)
         else:
-            links = [link for link in self._fleet.decode.values() if link.accepts(now)]
-            await self._offer_all(links, now, self._offer)
-        if self._sessions.tenants > 1:
-            links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
-            if self._owed(links):
+            await self._offer_all([link for link in links if link.openings], now, self._offer)
+        if self._sessions.tenants > 1 and self._owed(links):
+            if self._sessions.drawn:
+                await self._place_each(links, now, owed=True)
+            else:
                 await self._offer_all(links, now, self._offer_owed)
 
     async def _offer_all(self, links: list[DecodeLink], now: float, offer: Offer) -> None:
@@ -185,17 +186,19 @@ class Dispatcher:
         cached = self._placing.cached(session, self._fleet)
         return self._placing.links(open_links, session, cached)[0]
 
-    async def _place_each(self, now: float) -> None:
-        """Find a worker for each request that waits, in the queue's order. One that is held lets
-        those behind it pass."""
-        links = [link for link in self._fleet.decode.values() if link.is_usable(now)]
-        while self._sessions.waiting and any(link.openings for link in links):
+    async def _place_each(self, links: list[DecodeLink], now: float, *, owed: bool = False) -> None:
+        """Find a worker for each request that waits, in the queue's order. With `owed`, for those
+        of tenants that have less than their share, on workers where they have."""
+        while self._sessions.waiting:
+            tenants = self._owed(links) if owed else []
+            if not (tenants or (not owed and any(link.openings for link in links))):
+                return
             ids = self._sessions.waiting_ids
             if len(ids) > 1:
-                ids = await self._queue.next_up(LOOK_LIMIT)
+                ids = await self._queue.next_up(LOOK_LIMIT, tenants)
             begun = 0
             for session in filter(None, map(self._sessions.get, ids)):
-                placed = await self._place(session, links, now)
+                placed = await self._place(session, links, now, tenants)
                 if placed is _Placed.NO_ROOM:
                     return
                 begun += placed is _Placed.BEGUN
@@ -203,9 +206,11 @@ class Dispatcher:
             if not begun or len(ids) < LOOK_LIMIT:
                 return
 
-    async def _place(self, session: Session, links: list[DecodeLink], now: float) -> _Placed:
-        """Claim the request for the best worker that has room. It is held if one without room is so
-        much better that waiting is."""
+    async def _place(
+        self, session: Session, links: list[DecodeLink], now: float, owed: list[str]
+    ) -> _Placed:
+        """Claim the request for the best worker that has room. It is passed if one without room is
+        so much better that waiting is. `owed`: tenants as in `_place_each`; empty: all."""
         cached = self._placing.cached(session, self._fleet)
 
         def holds(best: WorkerRecord, other: WorkerRecord) -> bool:
@@ -213,17 +218,20 @@ class Dispatcher:
             return self._placing.is_worth_waiting(session, more, now)
 
         ranked = self._placing.links(links, session, cached)
-        open_links = [link for link in ranked if link.openings]
+        tenant, tenants = session.job.tenant, self._sessions.tenants
+        open_links = [
+            link for link in ranked if (link.owes(tenant, tenants) if owed else link.openings)
+        ]
         if not open_links:
-            return _Placed.NO_ROOM
+            return _Placed.PASSED if owed else _Placed.NO_ROOM
         if holds(ranked[0].record, open_links[0].record):
-            return _Placed.HELD
+            return _Placed.PASSED
         ways = self._ways(open_links, cached, now)
         for way, other in zip_longest(ways, ways[1:]):
-            if await self._claim(session, way, now):
+            if await self._claim(session, way, now, owed):
                 return _Placed.BEGUN
             if other is not None and holds(way.computes, other.computes):
-                return _Placed.HELD
+                return _Placed.PASSED
         return _Placed.NO_ROOM
 
     def _ways(self, links: list[DecodeLink], cached: Mapping[str, int], now: float) -> list[_Way]:
@@ -241,11 +249,11 @@ class Dispatcher:
             ways.insert(0, _Way(best, None))
         return ways
 
-    async def _claim(self, session: Session, way: _Way, now: float) -> bool:
+    async def _claim(self, session: Session, way: _Way, now: float, owed: list[str]) -> bool:
         """Begin the request that way, if its worker may have it now."""
         if way.helper is not None and not way.helper.accepts(now):
             return False
-        claimed = await self._queue.claim(way.computes, 1, only=session.id)
+        claimed = await self._queue.claim(way.computes, 1, owed, only=session.id)
         for one in claimed:
             await self._begin(one, way.link, way.helper)
         return bool(claimed)

@@ -201,9 +201,9 @@ class GatewayQueue(Protocol):
         only. With `only`, as if this gateway had no other request than that one."""
         ...
 
-    async def next_up(self, limit: int) -> list[str]:
+    async def next_up(self, limit: int, tenants: Sequence[str] = ()) -> list[str]:
         """Ids of up to `limit` of this gateway's own requests, in the order in which they would be
-        claimed by a worker with room for all."""
+        claimed by a worker with room for all. With `tenants`, of theirs."""
         ...
 
     async def handoff(self, request_id: str, claim: Claim, to: WorkerRecord) -> Claim | None:

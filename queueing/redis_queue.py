@@ -127,11 +127,11 @@ class RedisGatewayQueue:
             for id, fence, level, generated, attempt in _rows(reply, 5)
         ]
 
-    async def next_up(self, limit: int) -> list[str]:
+    async def next_up(self, limit: int, tenants: Sequence[str] = ()) -> list[str]:
         """See GatewayQueue."""
         nobody = ("", 0, "")
         ids: list[str] = await self._scripts.run(
-            "claim", self._gateway, _nonce(), *nobody, limit, LOOK_AHEAD
+            "claim", self._gateway, _nonce(), *nobody, limit, LOOK_AHEAD, *tenants
         )
         return ids
 

@@ -22,14 +22,14 @@ CACHES = {"prefix_block_size": BLOCK, "worker_ttl": 5.0}
 class Talk:
     """A conversation: each turn's prompt is all that was said before, and three tokens more."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, **options) -> None:
+        self.name, self.options = name, options
         self.tokens = [10 + len(name) + ord(name[0]) % 50] * 40
 
     async def turn(self, client, **options) -> str:
         """Returns the request's id."""
         request_id = f"{self.name}-{next(NAMES)}"
-        options = {"max_tokens": OUTPUT, "token_ids": True, **options}
+        options = {"max_tokens": OUTPUT, "token_ids": True, **self.options, **options}
         answer = await client.generate_unary(self.tokens, request_id=request_id, **options)
         self.tokens = [*self.tokens, *answer.message.outputs[0].token_ids, 7, 8, 9]
         return request_id
@@ -211,6 +211,28 @@ async def test_a_request_does_not_wait_longer_than_its_prompt_would_take(full):
     assert served(full.d[1]) == ["b", "a"]
     full.d[0].paused = False
     await asyncio.gather(*full.busy)
+
+
+async def test_a_tenants_share_of_full_workers_is_where_its_prompt_is(cluster, eventually):
+    small = CACHES | {"batch_sequences": 1}  # and one may wait
+    cluster.d = [await cluster.decode(f"decode-{i}", **small) for i in range(2)]
+    await cluster.start(**OPTIONS, decode_ahead=0, prefill_seconds_per_token=100.0)
+    await cluster.ready()
+    a, b = Talk("a"), Talk("b", user="another")
+    await begin_apart(cluster, [a, b], cluster.d, eventually)
+    for worker in cluster.d:
+        worker.paused = True
+    busy = []
+    for count, name in enumerate("wxyz", 3):
+        busy.append(asyncio.create_task(Talk(name).turn(cluster.client)))
+        await eventually(lambda count=count: sum(len(w.started) for w in cluster.d) == count)
+    assert not any(link.openings for link in cluster.server.gateway.fleet.decode.values())
+    going_on = asyncio.create_task(b.turn(cluster.client))
+    await eventually(lambda: sum(len(worker.started) for worker in cluster.d) == 7)
+    assert served(cluster.d[1])[-1] == "b"
+    for worker in cluster.d:
+        worker.paused = False
+    await asyncio.gather(going_on, *busy)
 
 
 @pytest.fixture

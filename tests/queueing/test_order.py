@@ -245,6 +245,7 @@ async def test_a_place_that_is_open_to_some_tenants_goes_to_the_first_of_theirs(
     for number, tenant in enumerate("aaabcb"):
         await gateway.submit(Submission(f"{tenant}{number}", tenant, 10, 100))
     target = await record(gateway, "p")
+    assert await gateway.next_up(8, ["b", "c"]) == ["b3", "c4", "b5"]
     assert [c.request_id for c in await gateway.claim(target, 8, ["d"])] == []
     assert [c.request_id for c in await gateway.claim(target, 1, ["b", "c"])] == ["b3"]
     assert [c.request_id for c in await gateway.claim(target, 8, ["b"])] == ["b5"]
