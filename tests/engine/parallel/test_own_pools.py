@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from baton.types import Sampling
+from baton.types import Request, Sampling, Stopping
 from engine.executor import ExecutorBroken, Pipeline
 from engine.gpu.staging import saving
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.plan import StepPlan, Swap
+from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from tests.engine.conftest import Driver, TinyModel
 from tests.engine.parallel.conftest import OPTIONS
+from tests.engine.test_swapped_generation import Run
 
 Ranks = Callable[..., TorchExecutor]
 Model = Callable[[str], TinyModel]
@@ -220,6 +222,28 @@ def test_a_sequence_goes_on_when_its_kv_is_back_on_all_ranks(
     driver.running.append(away)
     driver.run()
     model(name).assert_generates(PROMPTS[0], away.tokens[len(PROMPTS[0]) :])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "pipeline"), [("small-llama", 2, 1), ("small-mistral", 1, 2)]
+)
+def test_a_scheduler_short_of_blocks_swaps_and_changes_no_token(
+    model: Model, ranks: Ranks, name: str, tensor: int, pipeline: int
+) -> None:
+    """Swaps go on beside passes, some of which are begun ahead of their plans."""
+    executor = ranks(name, tensor, pipeline, **SWAPPING | {"kv_blocks": 7})
+    rules = Rules(preemption="swap", swapping="proactive", ahead=True)
+    run = Run(executor, rules, "skip-join-mlfq")
+    prompts = [tuple(range(3 + 40 * i, 10 + 42 * i)) for i in range(3)]
+    for index, prompt in enumerate(prompts):
+        run.submit(Request(f"{index}", prompt, Sampling(), Stopping(max_tokens=6)))
+        run.step()
+    run.run()
+    for index, prompt in enumerate(prompts):
+        assert len(run.tokens[f"{index}"]) == 6
+        model(name).assert_generates(prompt, run.tokens[f"{index}"])
+    assert run.scheduler.counters.swapped_in > 0
+    assert run.scheduler.load().free_blocks == 7
 
 
 # -- Losses ------------------------------------------------------------------------------------
