@@ -22,6 +22,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
+    # Pythia-160M's, as a Llama: its heads can be divided among ranks.
+    "160m": {
+        "vocab_size": 50304,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    },
     # Qwen2.5-0.5B's, as a Llama.
     "0.5b": {
         "vocab_size": 151936,

@@ -42,6 +42,12 @@ def test_only_those_that_want_it_are_told_as_many_as_they_want(
     assert [len(report.top) for report in found.values()] == [3, 0, 20, 1]
 
 
+def test_nobody_need_want_alternatives(device: torch.device) -> None:
+    logits = some_logits(2, vocab=300).to(device)
+    found = _assert_as_torch(logits[:, :290], [7, 100], [0, 0])  # rows may lie apart
+    assert [report.top for report in found.values()] == [(), ()]
+
+
 @pytest.mark.parametrize("vocab", [1, 13, 512, 2000])
 def test_of_those_that_tie_the_lowest_come_first(device: torch.device, vocab: int) -> None:
     logits = some_logits(4, vocab=vocab, scale=1.0).round().to(device)
