@@ -197,7 +197,10 @@ class Dispatcher:
             if len(ids) > 1:
                 ids = await self._queue.next_up(LOOK_LIMIT, tenants)
             begun = 0
-            for session in filter(None, map(self._sessions.get, ids)):
+            for id in ids:
+                if (session := self._sessions.get(id)) is None:
+                    self._sessions.disown(id)
+                    continue
                 placed = await self._place(session, links, now, tenants)
                 if placed is _Placed.NO_ROOM:
                     return

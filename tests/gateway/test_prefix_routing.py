@@ -9,6 +9,7 @@ import pytest
 from redis.asyncio import Redis
 
 from queueing import keys
+from queueing.contract import Submission
 from tests.gateway.workers import FakeWorker
 
 BLOCK = 4
@@ -203,6 +204,23 @@ async def test_a_request_waits_for_the_worker_that_has_its_prompt_and_others_pas
     full.d[0].paused = False
     await asyncio.gather(held, *full.busy)
     assert served(full.d[0]) == ["a"] * 4
+
+
+@pytest.mark.parametrize("full", [100.0], indirect=True)
+async def test_a_request_that_nobody_has_any_more_does_not_stay_in_the_queue(full, eventually):
+    await full.server.gateway.queue.submit(Submission("ghost", "default", 10, 10))
+    held = asyncio.create_task(full.talks[0].turn(full.client))
+    await eventually(lambda: full.server.gateway.sessions.waiting == 1)
+    await Talk("y").turn(full.client)  # now two wait, and the queue is asked who is next
+    full.d[0].paused = False
+    await asyncio.gather(held, *full.busy)
+    redis = Redis.from_url(full.redis_url, decode_responses=True)
+    try:
+        async with asyncio.timeout(5):
+            while await redis.hget(keys.key(full.pool, "request", "ghost"), "state") != "C":
+                await asyncio.sleep(0.01)
+    finally:
+        await redis.aclose()
 
 
 @pytest.mark.parametrize("full", [1e-4], indirect=True)

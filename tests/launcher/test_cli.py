@@ -53,7 +53,7 @@ def test_help_names_every_command():
         ("gateway", ["--mlfq-ratio FLOAT", "--max-queued-requests INTEGER"]),
         (
             "prefill",
-            ["--dtype [auto|float32|bfloat16|float16] number format", "--kv-lease-seconds"],
+            ["--dtype [auto|float32|bfloat16|float16", "--kv-lease-seconds"],
         ),
         ("decode", ["--config FILE YAML file", "[env var: BATON_CONFIG]", "--kv-transports TEXT"]),
         ("generate", ["--temperature FLOAT", "--json", "[env var: BATON_ADDRESS]", "--no-chat"]),
