@@ -7,6 +7,7 @@ import math
 import random
 from typing import Any
 
+import pytest
 import torch
 
 from baton.types import Sampling, Stopping
@@ -150,3 +151,10 @@ def test_rows_that_want_nothing_are_only_made_comparable(device: torch.device) -
 def test_logits_that_nobody_wants_changed_stay_where_they_are(device: torch.device) -> None:
     logits = some_logits(2, vocab=300).to(device, torch.bfloat16)
     assert _adjusted(logits, [a_sequence(), a_sequence()]) is logits
+
+
+@pytest.mark.gpu
+def test_a_large_vocabulary_is_changed_as_torch_does(device: torch.device) -> None:
+    logits = some_logits(64, vocab=128_256).to(device, torch.bfloat16)
+    sequences = _sequences(64, seed=9)
+    _assert_as_torch(_adjusted(logits, sequences), logits, sequences)

@@ -181,8 +181,9 @@ def told(driver: Any, sequences: list[Sequence]) -> list[list[Logprob]]:
     return list(found.values())
 
 
+@pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_whatever_requests_want_of_their_tokens_they_are_begun_before_they_are_planned(
-    small: Any, on_gpu: Make, drive: Make
+    graphs: bool, small: Any, on_gpu: Make, drive: Make
 ) -> None:
     def run(driver: Any) -> tuple[list[list[int]], list[list[Logprob]]]:
         sequences = [driver.add(prompt(5 + i, i), 4, **wants) for i, wants in enumerate(WANTS)]
@@ -190,6 +191,8 @@ def test_whatever_requests_want_of_their_tokens_they_are_begun_before_they_are_p
         return [sequence.tokens for sequence in sequences], told(driver, sequences)
 
     ours = on_gpu(small.path)
+    if graphs:
+        ours.executor.warm_up()
     tokens, logprobs = run(ours)
     wanted_tokens, wanted_logprobs = run(drive(small.path, attention_backend="torch"))
     assert tokens == wanted_tokens

@@ -65,3 +65,9 @@ def test_broken_logits_count_as_in_torch(device: torch.device) -> None:
     logits[4, 5:] = -math.inf
     found = _assert_as_torch(logits, [0, 77, -1, -1, 2], [20] * 5)
     assert (found[2].token_id, found[2].logprob) == (3, -math.inf)
+
+
+@pytest.mark.gpu
+def test_a_large_vocabulary_is_told_of_as_by_torch(device: torch.device) -> None:
+    logits = some_logits(64, vocab=128_256).to(device, torch.bfloat16)
+    _assert_as_torch(logits, list(range(64)), [20, None] * 32)
