@@ -27,9 +27,10 @@ class KnownPrefixes:
 
     def came(self, job: Job) -> None:
         """It is asked about until it has ended."""
-        keys = PromptKeys.of_request(job.request())
-        if self._sizes and job.prompt_ids and keys is not None:
-            self._keys[job.id] = keys
+        if self._sizes and job.prompt_ids:
+            keys = PromptKeys.of_request(job.request())
+            if keys is not None:
+                self._keys[job.id] = keys
 
     def cached(self, job: Job) -> Mapping[str, int]:
         """Tokens of its prompt that need not be computed, by worker, where there are any."""
