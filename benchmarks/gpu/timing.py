@@ -46,6 +46,7 @@ class _Flush:
         self._other = torch.ones(_CACHE // 4, dtype=torch.float32, device=device)
         self._total = torch.empty((), dtype=torch.float32, device=device)
         self._seconds: dict[int, float] = {}
+        self()  # once outside of any recording
 
     @classmethod
     @functools.cache

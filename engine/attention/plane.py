@@ -55,11 +55,11 @@ def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor
 
     Rounds as the compiled backend does, ties to even. Not a number, or infinite, becomes zero.
     """
-    most = _LARGEST[dtype]
     x = x.float()
     largest = x.abs().amax(-1)
-    # A division, rounded once: a number over a tensor would be a product with its reciprocal.
-    inverse = torch.where(largest > _ZERO, torch.full_like(largest, most) / largest, 0.0)
+    # Divisions, rounded once: with a number, torch may multiply by a reciprocal (on GPUs it does).
+    most = torch.full_like(largest, _LARGEST[dtype])
+    inverse = torch.where(largest > _ZERO, most / largest, 0.0)
     scales = torch.where(inverse > 0, largest / most, 0.0)
     scaled = (inverse > 0)[..., None]  # the zeros of the others have no sign
     numbers = torch.where(scaled, x * inverse[..., None], 0.0).nan_to_num_(0.0)

@@ -125,7 +125,8 @@ class _Lane:
         self._lock.acquire()
         if self._buffer is None:
             shape = (self._blocks, self._block_bytes)
-            self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            with torch.cuda.stream(self._stream):  # not memory that a pass under way still uses
+                self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
             self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
             self.arrays = [self.host.numpy()]
             if self._divided:

@@ -57,9 +57,10 @@ class Stopwatch:
         self._seconds = time.perf_counter() - self._seconds
 
     def seconds(self) -> float:
-        """To be asked for when the device has ended it."""
+        """To be asked for when what it was given has given its results: the end is just behind."""
         if self._begun is None or self._ended is None:
             return self._seconds
+        self._ended.synchronize()
         return float(self._begun.elapsed_time(self._ended)) / 1e3
 
     def _event(self) -> torch.cuda.Event | None:

@@ -75,6 +75,26 @@ def test_weights_are_quantized_at_load(quantization: str, small: Any, on_gpu: Ma
     assert len(sequence.tokens) == 7
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype"),
+    [("none", "auto"), ("none", "fp8"), ("int8", "int8"), ("int4", "auto"), ("fp8", "fp8")],
+)
+def test_graphs_of_every_size_give_what_kernels_one_by_one_do(
+    quantization: str, kv_dtype: str, small: Any, on_gpu: Make
+) -> None:
+    def run(*, graphs: bool) -> list[list[int]]:
+        driver = on_gpu(small.path, quantization=quantization, kv_dtype=kv_dtype)
+        if graphs:
+            driver.executor.warm_up()
+        sequences = [driver.add(prompt(3 + i, i), 2 + 3 * i) for i in range(7)]
+        driver.run()
+        assert driver.executor.taken > 0
+        return [sequence.tokens for sequence in sequences]
+
+    assert run(graphs=True) == run(graphs=False)
+
+
 def test_a_sequence_without_the_block_for_its_next_token_is_not_foreseen(
     small: Any, on_gpu: Make
 ) -> None:

@@ -121,6 +121,32 @@ def test_fp8(tokens: int, device: torch.device) -> None:
     assert_product(found, x, made.dequantize(), bias)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [17, 100])
+@pytest.mark.parametrize("biased", [False, True])
+def test_many_tokens_are_multiplied_in_fp8_by_devices_that_can_in_graphs_too(
+    tokens: int, biased: bool, device: torch.device
+) -> None:
+    if not matmul.supports_fp8(device):
+        pytest.skip("the device has no fp8")
+    x = random(tokens, 256, device=device).bfloat16()
+    bias = random(48, device=device, seed=3).bfloat16() if biased else None
+    made = quantize_fp8(random(48, 256, device=device, seed=1))
+    found = matmul_fp8(x, made.values, made.scales, bias)
+    numbers, scales = quantize_rows(x)
+    rounded = numbers.double() * scales.double()[:, None]
+    expected = rounded @ made.dequantize().double().T
+    if bias is not None:
+        expected += bias.double()
+    assert found.dtype is torch.bfloat16
+    assert (found.double() - expected).abs().max() <= 6e-3 * expected.abs().max()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = matmul_fp8(x, made.values, made.scales, bias)
+    graph.replay()
+    assert torch.equal(again, found)
+
+
 def test_every_fp8_number_is_read_as_what_it_is(device: torch.device) -> None:
     bits = torch.arange(256, dtype=torch.uint8)
     bits[[0x7F, 0xFF]] = 0  # not numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -30,6 +32,8 @@ def test_a_share_smaller_than_the_weights_leaves_nothing(share: float) -> None:
 @pytest.mark.gpu
 def test_a_trial_is_measured_and_its_pool_is_not_counted() -> None:
     device = torch.device("cuda")
+    gc.collect()
+    torch.cuda.empty_cache()  # what other tests have left there is free, too
     kept = torch.zeros(GIB // 4, dtype=torch.uint8, device=device)
 
     def trial() -> int:
