@@ -84,7 +84,8 @@ class Placing:
         """Whether it should wait for a worker that has so many tokens of its prompt more than one
         that is free now: for as long as they would take to compute. So it never waits for nothing
         longer than it would have been busy for nothing."""
-        return now - session.waiting_since < tokens * self._pace.prefill_per_token
+        waited = max(0.0, now - session.waiting_since)  # it may have come after `now`
+        return waited < tokens * self._pace.prefill_per_token
 
     def sent(self, session: Session, link: DecodeLink, helper: PrefillPeer | None) -> Workers:
         """It goes there now."""
