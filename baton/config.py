@@ -219,7 +219,7 @@ class WorkerConfig(SchedulingConfig):
     )
     device_memory: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9,
-        description="share of a GPU's memory that may be taken, by weights, passes, KV and others",
+        description="share of a GPU's memory that this worker may have, for weights, passes and KV",
     )
     max_batch_tokens: Positive = Field(512, description="token budget of one pass")
     max_batch_sequences: Positive = Field(64, description="sequences in one pass")
@@ -287,7 +287,14 @@ class ServeConfig(ProcessConfig):
     redis_url: SecretStr = Field(
         SecretStr(""), description="Redis to use; $REDIS_URL or an embedded server if empty"
     )
-    device: str = Field("cpu", description="torch device of the workers")
+    device: str = Field(
+        "cpu",
+        description="torch device of the workers; if several are given, cuda:0,cuda:1, each worker "
+        "gets one in turn, the decode workers first",
+    )
+    device_memory: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="share of a GPU's memory that the workers on it may have together"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="number format of weights and KV"
     )

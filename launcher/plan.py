@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from baton import cores
@@ -67,6 +68,7 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
     lends = idle_use and ranks == 1 and 1 < workers <= available
     threads = config.threads or (available if lends else share)
     shared = config.model_dump() | {"redis_url": redis_url, "threads": threads}
+    places = _devices(config, [name for name in addresses if name != GATEWAY])
     made = []
     for number, (name, address) in enumerate(addresses.items()):
         subcommand = name.partition("-")[0]
@@ -80,6 +82,7 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
             settings["gateway_id"] = f"{name}-{os.getpid()}"
         else:
             settings |= {"worker_id": f"{name}-{os.getpid()}", "advertise_address": address}
+            settings["device"], settings["device_memory"] = places[name]
         if lends and subcommand != GATEWAY:
             place = Place(_cores_file(), (number - 1) * share, share, available)
             settings["shared_cores"] = str(place)
@@ -87,6 +90,31 @@ def commands(config: ServeConfig, addresses: dict[str, str], redis_url: str) -> 
             settings["kv_address"] = "127.0.0.1:0"
         made.append(_command(name, subcommand, kind, settings))
     return made
+
+
+def _devices(config: ServeConfig, workers: list[str]) -> dict[str, tuple[str, float]]:
+    """The device of each worker, and its share of the memory there: those on one GPU have equal
+    parts of it. A worker of several ranks takes as many GPUs, from its device on."""
+    devices = [device.strip() for device in config.device.split(",")]
+    ranks = config.tensor_parallel * config.pipeline_parallel
+    decode_first = sorted(workers, key=lambda name: not name.startswith("decode"))
+    homes = {name: devices[i % len(devices)] for i, name in enumerate(decode_first)}
+    used = {name: _gpus(device, ranks) for name, device in homes.items()}
+    workers_on = Counter(gpu for gpus in used.values() for gpu in gpus)
+    return {
+        name: (device, config.device_memory / max(workers_on[gpu] for gpu in used[name]))
+        for name, device in homes.items()
+    }
+
+
+def _gpus(device: str, ranks: int) -> list[str]:
+    """The devices of a worker's ranks, where the first has `device`."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return [device]
+    if not (number or "0").isdecimal():
+        raise ConfigError(f"--device {device}: must be cuda:N")
+    return [f"cuda:{int(number or 0) + rank}" for rank in range(ranks)]
 
 
 def _cores_file() -> Path:

@@ -18,6 +18,8 @@ from baton.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
+_MARGIN = 0.05  # of the device
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -30,26 +32,30 @@ class Memory:
 
     @property
     def taken(self) -> int:
-        """By others, and by weights and passes."""
-        return self.others + self.peak - self.trial
+        """By weights and passes."""
+        return self.peak - self.trial
 
     def room(self, share: float) -> int:
-        """What KV may take if this worker and all others may take `share` of the device."""
-        return int(self.total * share) - self.taken
+        """What KV may take if this worker may have `share` of the device, and what others leave:
+        of that a margin stays free, unless the share is all but everything."""
+        margin = int(self.total * min(_MARGIN, 1 - share))
+        return min(int(self.total * share), self.total - self.others - margin) - self.taken
 
     def kv_room(self, share: float) -> int:
         """`room`, told to people. Raises ConfigError if nothing is left."""
         room = self.room(share)
         _log.info(
-            "GPU memory: %.1f GiB in all, %.1f for weights and passes, %.1f for KV",
+            "GPU memory: %.1f GiB in all, %.1f of others, %.1f for weights and passes, %.1f for KV",
             self.total / 2**30,
+            self.others / 2**30,
             self.taken / 2**30,
             room / 2**30,
         )
         if room <= 0:
             raise ConfigError(
                 f"--device-memory {share}: weights and passes take "
-                f"{self.taken / 2**30:.1f} of {self.total / 2**30:.1f} GiB, no KV fits"
+                f"{self.taken / 2**30:.1f} of {self.total / 2**30:.1f} GiB, others "
+                f"{self.others / 2**30:.1f}: no KV fits"
             )
         return room
 

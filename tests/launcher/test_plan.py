@@ -162,3 +162,47 @@ def test_an_address_without_a_port_is_refused(address: str):
         addresses_of(ServeConfig(address=address))
     with pytest.raises(ConfigError, match=f"--metrics-address {address}"):
         planned(ServeConfig(metrics_address=address))
+
+
+def devices_of(
+    config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, tuple[str, float]]:
+    kinds = {"prefill": PrefillConfig, "decode": DecodeConfig}
+    found = {}
+    for name, command in planned(config).items():
+        if kind := kinds.get(name.partition("-")[0]):
+            worker = config_of(command, kind, monkeypatch)
+            found[name] = worker.device, worker.device_memory
+    return found
+
+
+def test_workers_on_one_gpu_have_equal_parts_of_it(monkeypatch: pytest.MonkeyPatch):
+    config = ServeConfig(prefill_workers=1, decode_workers=1, device="cuda", device_memory=0.8)
+    assert devices_of(config, monkeypatch) == {
+        "prefill-0": ("cuda", 0.4),
+        "decode-0": ("cuda", 0.4),
+    }
+
+
+def test_gpus_are_given_out_in_turn_decode_workers_first(monkeypatch: pytest.MonkeyPatch):
+    config = ServeConfig(prefill_workers=1, decode_workers=2, device="cuda:0, cuda:1")
+    assert devices_of(config, monkeypatch) == {
+        "decode-0": ("cuda:0", 0.45),
+        "decode-1": ("cuda:1", 0.9),
+        "prefill-0": ("cuda:0", 0.45),
+    }
+
+
+def test_a_worker_of_several_ranks_takes_the_gpus_that_follow(monkeypatch: pytest.MonkeyPatch):
+    apart = ServeConfig(device="cuda:0,cuda:2", tensor_parallel=2)
+    assert devices_of(apart, monkeypatch) == {
+        "decode-0": ("cuda:0", 0.9),
+        "prefill-0": ("cuda:2", 0.9),
+    }
+    overlapping = ServeConfig(device="cuda:0,cuda:1", tensor_parallel=2)
+    assert {share for _, share in devices_of(overlapping, monkeypatch).values()} == {0.45}
+
+
+def test_a_gpu_without_a_number_that_it_could_have_is_refused():
+    with pytest.raises(ConfigError, match="cuda:first"):
+        planned(ServeConfig(device="cuda:first"))

@@ -15,13 +15,19 @@ GIB = 2**30
 
 def test_weights_and_passes_are_taken_from_the_share_and_the_trials_pool_is_not() -> None:
     memory = Memory(total=80 * GIB, others=2 * GIB, peak=21 * GIB, trial=1 * GIB)
-    assert memory.room(0.9) == 72 * GIB - 2 * GIB - 20 * GIB
+    assert memory.room(0.9) == 72 * GIB - 20 * GIB
 
 
-def test_what_another_process_takes_is_not_there_for_kv() -> None:
+def test_workers_that_share_a_device_have_their_parts_of_it() -> None:
     alone = Memory(total=80 * GIB, others=1 * GIB, peak=20 * GIB, trial=GIB)
-    shared = Memory(total=80 * GIB, others=31 * GIB, peak=20 * GIB, trial=GIB)
-    assert alone.room(0.9) - shared.room(0.9) == 30 * GIB
+    beside = Memory(total=80 * GIB, others=37 * GIB, peak=20 * GIB, trial=GIB)
+    assert alone.room(0.45) == beside.room(0.45) == 36 * GIB - 19 * GIB
+
+
+def test_what_another_process_takes_beyond_its_part_is_not_there_for_kv() -> None:
+    memory = Memory(total=80 * GIB, others=31 * GIB, peak=20 * GIB, trial=GIB)
+    assert memory.room(0.9) == 80 * GIB - 31 * GIB - 4 * GIB - 19 * GIB
+    assert memory.room(1.0) == 80 * GIB - 31 * GIB - 19 * GIB
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25])
