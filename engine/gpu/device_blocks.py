@@ -23,7 +23,7 @@ from engine.executor import Executor
 from engine.gpu.kernels.digest import digests, transfer
 from engine.gpu.shared_memory import Opened, SharedMemory
 from engine.gpu.staging import Pulls, Ref, Report
-from engine.gpu.transfer import to_device
+from engine.gpu.transfer import on, to_device
 from scheduling.plan import Capacity, StepPlan, StepResult
 
 
@@ -126,14 +126,12 @@ class _Side:
     def alone(self) -> Iterator[None]:
         """Give the device work that is over when this ends, whatever ends it."""
         with self._lock:
-            if self._stream is None:
-                yield
-                return
             try:
-                with torch.cuda.stream(self._stream):
+                with on(self._stream):
                     yield
             finally:
-                self._stream.synchronize()
+                if self._stream is not None:
+                    self._stream.synchronize()
 
 
 class SettledExecutor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from engine.executor import Executor, Pipeline
 from engine.gpu.kernels.blocks import gather, scatter
+from engine.gpu.transfer import on
 from engine.model.pool import KvGeometry, KvPool, Portion, numbers_and_scales
 from scheduling.plan import Capacity, StepPlan, StepResult
 
@@ -125,7 +126,7 @@ class _Lane:
         self._lock.acquire()
         if self._buffer is None:
             shape = (self._blocks, self._block_bytes)
-            with torch.cuda.stream(self._stream):  # not memory that a pass under way still uses
+            with on(self._stream):  # not memory that a pass under way still uses
                 self._buffer = torch.empty(shape, dtype=torch.uint8, device=self._device)
             self.host = torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda)
             self.arrays = [self.host.numpy()]
@@ -170,12 +171,10 @@ class _Lane:
     @contextlib.contextmanager
     def _beside_the_passes(self) -> Iterator[None]:
         """On this lane's stream; waits for the end."""
-        if self._stream is None:
+        with on(self._stream):
             yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-        self._stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def _pieces(blocks: Items[int], most: int) -> Iterator[Items[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,19 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.clone()
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What this thread gives the device meanwhile goes to `stream`, if it is one.
+
+    The device is made the current one first: torch's own context would leave a thread that has none
+    with device 0, and there a context that takes memory."""
+    if stream is None:
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 def batch_to_device(batch: Batch, device: torch.device) -> Batch:

@@ -93,6 +93,7 @@ def _copier(device: torch.device) -> _Copier:
 
 
 def _on_stream_of(device: torch.device) -> _Copier:
+    torch.cuda.set_device(device)  # of this thread; else it would come to have a context on GPU 0
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(pairs: Items[Pair], ready: torch.cuda.Event | None) -> None:
