@@ -183,6 +183,7 @@ class DecodeWorker:
     def _quiet(self, sequence: Sequence) -> None:
         with self.engine.lock:
             self._scheduler.quiet(sequence)
+        self._metrics.load(self.load())
 
     def _begin_if_ready(self, slot: Slot) -> None:
         if slot.kv is None or slot.activation is None:
@@ -284,6 +285,7 @@ class DecodeWorker:
             slot.pull.cancel()  # the pages are quiet when it has ended
         elif slot.incoming is not None:
             self._quiet(slot.incoming)
+        self._metrics.load(self.load())  # there may be no pass to tell
         self.engine.wake()
 
     def _arm_expiry(self, slot: Slot) -> None:

@@ -163,6 +163,7 @@ class PrefillWorker:
             with self.engine.lock:
                 self._scheduler.abort(job.request.id, time.monotonic())
             self._release_if_done(job)
+            self._metrics.load(self.load())  # there may be no pass to tell
             self.engine.wake()
         if job.lease:
             self._producer.revoke(job.lease)

@@ -56,7 +56,8 @@ class Rig:
             on_freed=lambda lease: self.worker.on_freed(lease),
             max_leased_blocks=leasable,
         )
-        metrics = EngineMetrics("prefill", CollectorRegistry())
+        self.registry = CollectorRegistry()
+        metrics = EngineMetrics("prefill", self.registry)
         self.worker = PrefillWorker(self.executor, self.scheduler, self.producer, metrics)
         self.calls: list[AsyncGenerator[KvRef | Prefilled, None]] = []
 
@@ -185,6 +186,7 @@ async def test_blocks_without_a_lease_are_nobody_elses_while_the_prefill_goes_on
     else:
         await call.aclose()
     await rig.all_free()
+    assert rig.registry.get_sample_value("baton_prefill_kv_blocks_used") == 0
 
 
 async def test_a_stale_claim_ends_the_prefill(rig: Rig) -> None:
