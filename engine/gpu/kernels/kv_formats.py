@@ -88,12 +88,12 @@ def quantized(x, FORMAT: tl.constexpr):
     if FORMAT == _INT8:  # noqa: SIM108
         numbers = ((scaled + _ROUND) - _ROUND).to(tl.int8)
     else:
-        numbers = _float8_bits(scaled)
+        numbers = float8_bits(scaled)
     return numbers, scales
 
 
 @triton.jit
-def _float8_bits(x):
+def float8_bits(x):
     """`x`, float32 of at most 448 or hardly more, as the bits of e4m3fn: nearest, ties to even."""
     bits = x.to(tl.uint32, bitcast=True)
     sign = (bits >> 24) & 0x80

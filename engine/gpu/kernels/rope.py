@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.gpu.kernels.kv_formats import as_stored, float8_bits
 from engine.gpu.kernels.launch import tuned
 
 # What the largest number of a token and head becomes in a scaled pool; as in Plane.
@@ -66,8 +67,12 @@ def _put(low, high, there, scales, keep, each, LARGEST: tl.constexpr, HALF: tl.c
             _scaled(low, inverse[:, None], LARGEST),
             _scaled(high, inverse[:, None], LARGEST),
         )
-    tl.store(there, low.to(there.dtype.element_ty), mask=keep)
-    tl.store(there + HALF, high.to(there.dtype.element_ty), mask=keep)
+    if LARGEST == 448:  # as bytes: GPUs before sm_89 know no others
+        tl.store(there, float8_bits(low), mask=keep)
+        tl.store(there + HALF, float8_bits(high), mask=keep)
+    else:
+        tl.store(there, low.to(there.dtype.element_ty), mask=keep)
+        tl.store(there + HALF, high.to(there.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -191,8 +196,8 @@ def rotate_and_store(
         rotations,
         rotation_rows,
         slots,
-        keys,
-        values,
+        as_stored(keys),
+        as_stored(values),
         key_scales,
         value_scales,
         q_norm,

@@ -46,7 +46,5 @@ LAUNCHES = WIDE | {
     "odd-fp32": partial(_rotate, 9, 3, 64, torch.float32),
     "eighty-bf16": partial(_rotate, 4, 4, 80, torch.bfloat16, norm=True),
     "eighty-int8": partial(_rotate, 4, 2, 80, torch.bfloat16, torch.int8, norm=True),
-}
-SINCE_SM90 = {
     "qwen3-fp8": partial(_rotate, 16, 8, 128, torch.bfloat16, torch.float8_e4m3fn, norm=True),
 }
