@@ -14,14 +14,13 @@ import time
 import tracemalloc
 from collections.abc import Callable
 
-from baton.prefix import salt_of
 from scheduling.prefix_map import PrefixMap, PromptKeys
 
 BLOCK_SIZE = 16
 SHARED = 1000  # tokens that all prompts begin with
 ROUNDS = 300
 ROOM = 4096  # blocks of each worker
-SALT = salt_of("tenant", "")
+TENANT = "tenant"
 
 
 def median_microseconds(work: Callable[[], object]) -> float:
@@ -48,12 +47,12 @@ def run(workers: int, length: int) -> None:
     known.workers(dict.fromkeys(names, (1, ROOM)))
     for count, name in enumerate(names, 1):
         while len(known) < count * ROOM:
-            known.note(name, 1, PromptKeys(prompt(), SALT).of(BLOCK_SIZE), 0.0)
+            known.note(name, 1, PromptKeys(prompt(), TENANT).of(BLOCK_SIZE), 0.0)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     one = prompt()
-    keys = PromptKeys(one, SALT).of(BLOCK_SIZE)
-    hashing = median_microseconds(lambda: PromptKeys(one, SALT).of(BLOCK_SIZE))
+    keys = PromptKeys(one, TENANT).of(BLOCK_SIZE)
+    hashing = median_microseconds(lambda: PromptKeys(one, TENANT).of(BLOCK_SIZE))
     looking = median_microseconds(lambda: known.cached(keys))
     noting = median_microseconds(lambda: known.note(names[0], 1, keys, 0.0))
     print(

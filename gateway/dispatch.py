@@ -330,8 +330,3 @@ class Dispatcher:
                     self._sessions.requeued(session, waits_anew=waits_anew)
                 return
         session.fail(Unavailable("the worker failed and the queue cannot be reached"))
-
-
-def _pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
-    """KV of one can be read by the other."""
-    return (prefill.layout_digest, prefill.model) == (decode.layout_digest, decode.model)

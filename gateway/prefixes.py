@@ -43,14 +43,15 @@ class Prefixes:
 
     def workers(self, records: Iterable[WorkerRecord]) -> None:
         """What the registry knows now. Those without a cache do not count."""
-        caching = self._enabled
-        self._workers = {one.id: one for one in records if caching and one.prefix_block_size}
+        known = records if self._enabled else ()
+        self._workers = {one.id: one for one in known if one.prefix_block_size}
         self._map.workers({w.id: (w.epoch, w.capacity_blocks) for w in self._workers.values()})
 
     def cached(self, session: Session) -> dict[str, int]:
-        """Tokens of its prompt that need not be computed, by worker, where there are any."""
-        keys, request = session.prefix, session.job.request
-        if keys is None or request.prompt_logprobs is not None or not len(self._map):
+        """Tokens of its prompt that need not be computed, by worker, where there are any. What it
+        has generated on an earlier worker is not looked for: that worker is hardly still there."""
+        keys = session.prefix
+        if keys is None or session.owes_prompt_logprobs or not len(self._map):
             return {}
         sizes = {one.prefix_block_size for one in self._workers.values()}
         found = {}
@@ -62,24 +63,27 @@ class Prefixes:
 
     def sent(self, session: Session, worker: WorkerRecord) -> None:
         """The worker is about to have its prompt."""
-        if session.prefix is not None and worker.prefix_block_size:
+        if session.prefix is not None and worker.id in self._workers:
             self._note(worker, session.prefix.of(worker.prefix_block_size))
 
     def ended(self, session: Session) -> None:
-        """The worker that had it last has its outputs, too."""
+        """The worker that had it last has its outputs, too: those that it generated, and those that
+        it went on with."""
         worker = self._workers.get(session.worker_id or "")
         if session.prefix is None or worker is None:
             return
-        for output in session.outputs:
+        for output in session.resumed:
             if output.token_ids:
                 keys = session.prefix.with_output(worker.prefix_block_size, output.token_ids)
                 self._note(worker, keys)
 
     async def run(self) -> None:
-        """Exchange until cancelled. While Redis is away or full, others hear nothing from here."""
+        """Exchange until cancelled, while there are workers with caches. While Redis is away or
+        full, others hear nothing from here."""
         while self._exchange is not None and self._enabled:
             try:
-                await self.exchange(self._exchange)
+                if self._workers:
+                    await self.exchange(self._exchange)
             except (QueueError, Overloaded) as error:
                 log.debug("prefixes are not shared: %s", error)
             except Exception:

@@ -91,6 +91,7 @@ class Session:
         self.level = 0
         self.claim: Claim | None = None
         self.worker_id: str | None = None
+        self.resumed = self.outputs  # those that had not ended when a worker got it last
 
         self._model = model
         self._tokenizer = tokenizer
@@ -113,6 +114,11 @@ class Session:
     def is_open(self, index: int) -> bool:
         """Whether more tokens of this sequence may come."""
         return index < len(self.outputs) and self.outputs[index].ending is None
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether logprobs of its prompt are to come still: then all of it is computed."""
+        return self.job.request.prompt_logprobs is not None and self._prompt_logprobs is None
 
     @property
     def generated(self) -> int:
@@ -152,6 +158,11 @@ class Session:
 
     # What producers tell.
 
+    def claimed(self, claim: Claim, level: int, worker_id: str) -> None:
+        """A worker has it, and goes on with what had not ended before."""
+        self.claim, self.level, self.worker_id = claim, level, worker_id
+        self.resumed = [output for output in self.outputs if output.ending is None]
+
     def accept(self, output: Output) -> None:
         """New tokens of one sequence."""
         if self.over or output.index >= len(self.outputs):
@@ -165,7 +176,7 @@ class Session:
 
     def accept_prompt_logprobs(self, entries: Iterable[generation_pb2.TokenLogprob]) -> None:
         """Prompt logprobs as a worker reports them; later reports are ignored."""
-        if self._prompt_logprobs is not None or self.job.request.prompt_logprobs is None:
+        if not self.owes_prompt_logprobs:
             return
         self._prompt_logprobs = [self._with_bytes(entry) for entry in entries]
         self._news.set()
@@ -194,7 +205,7 @@ class Session:
     async def responses(self) -> AsyncIterator[GenerateResponse]:
         """Accepted, deltas, one Finished per sequence, Usage. Raises the error it failed with."""
         request = self.job.request
-        while request.prompt_logprobs is not None and self._prompt_logprobs is None:
+        while self.owes_prompt_logprobs:
             if self.over:
                 break
             await self._wait()

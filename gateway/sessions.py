@@ -152,7 +152,7 @@ class Sessions:
         if session.state is not State.QUEUED:
             session.move(State.QUEUED)
         self._waits_no_more(session)
-        session.claim, session.level, session.worker_id = claimed.claim, claimed.level, worker_id
+        session.claimed(claimed.claim, claimed.level, worker_id)
 
     def requeued(self, session: Session, *, waits_anew: bool) -> None:
         """A worker gave it up, or lost it. Then it may wait as long as a new request, however long

@@ -21,10 +21,10 @@ RENEW_SECONDS = 60.0  # a key in use is told anew after so long, or others would
 class PromptKeys:
     """Keys of a prompt's blocks (baton/prefix.py), each size hashed when it is first asked for."""
 
-    def __init__(self, prompt_ids: Sequence[int], salt: bytes) -> None:
-        """`salt` as of `salt_of`."""
+    def __init__(self, prompt_ids: Sequence[int], tenant: str, cache_salt: str = "") -> None:
+        """Of a request of that tenant."""
         self._prompt_ids = prompt_ids
-        self._salt = salt
+        self._owner = tenant, cache_salt
         self._keys: dict[int, list[bytes]] = {}
 
     @classmethod
@@ -32,13 +32,13 @@ class PromptKeys:
         """None for one that has nothing to do with caches."""
         if request.bypass_cache:
             return None
-        return cls(request.prompt_ids, salt_of(request.tenant, request.cache_salt))
+        return cls(request.prompt_ids, request.tenant, request.cache_salt)
 
     def of(self, block_size: int) -> list[bytes]:
         """Of its full blocks, in order."""
         if (keys := self._keys.get(block_size)) is None:
             most = MAX_BLOCKS * block_size
-            keys = block_keys(self._prompt_ids[:most], block_size, self._salt)
+            keys = block_keys(self._prompt_ids[:most], block_size, salt_of(*self._owner))
             self._keys[block_size] = keys
         return keys
 
@@ -48,7 +48,8 @@ class PromptKeys:
         keys = self.of(block_size)
         rest = (*self._prompt_ids[len(keys) * block_size :], *output[:-1])
         room = (MAX_BLOCKS - len(keys)) * block_size
-        return keys + block_keys(rest[:room], block_size, keys[-1] if keys else self._salt)
+        last = keys[-1] if keys else salt_of(*self._owner)
+        return keys + block_keys(rest[:room], block_size, last)
 
     def usable(self, blocks: int, block_size: int) -> int:
         """Tokens that need not be computed, if so many blocks are there: the last token of a prompt

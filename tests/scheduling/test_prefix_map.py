@@ -10,7 +10,8 @@ from baton.prefix import block_keys, salt_of
 from baton.types import Request, Sampling, Stopping
 from scheduling.prefix_map import RENEW_SECONDS, PrefixMap, PromptKeys
 
-SALT = salt_of("tenant", "")
+TENANT = "tenant"
+SALT = salt_of(TENANT, "")
 
 
 def keys(*tokens: int) -> list[bytes]:
@@ -125,14 +126,14 @@ def test_keys_differ_by_tenant_and_salt_and_there_are_none_past_the_cache():
 
 
 def test_the_last_token_of_a_prompt_is_always_computed():
-    four = PromptKeys((1, 2, 3, 4), SALT)
+    four = PromptKeys((1, 2, 3, 4), TENANT)
     assert len(four.of(2)) == 2
     assert [four.usable(blocks, 2) for blocks in range(3)] == [0, 2, 2]
-    assert PromptKeys((1, 2, 3, 4, 5), SALT).usable(2, 2) == 4
+    assert PromptKeys((1, 2, 3, 4, 5), TENANT).usable(2, 2) == 4
 
 
 @pytest.mark.parametrize("prompt", [(1,), (1, 2), (1, 2, 3)])
 def test_an_output_goes_on_with_the_keys_of_its_prompt_but_for_the_last_token(prompt):
     whole = block_keys((*prompt, 7, 8, 9), 2, SALT)
-    assert PromptKeys(prompt, SALT).with_output(2, (7, 8, 9, 10)) == whole
-    assert PromptKeys(prompt, SALT).with_output(2, (7,)) == block_keys(prompt, 2, SALT)
+    assert PromptKeys(prompt, TENANT).with_output(2, (7, 8, 9, 10)) == whole
+    assert PromptKeys(prompt, TENANT).with_output(2, (7,)) == block_keys(prompt, 2, SALT)
