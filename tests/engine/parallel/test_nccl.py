@@ -15,6 +15,7 @@ import torch
 from baton.types import Sampling
 from engine.executor import ExecutorBroken
 from engine.gpu.executor import GpuExecutor
+from engine.gpu.memory import _MARGIN
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.plan import StepPlan, Swap
@@ -114,8 +115,8 @@ def test_kv_is_saved_loaded_and_swapped_by_all_gpus(model: Model, on_gpus: Load)
 
 def test_kv_takes_what_is_left_on_the_fullest_gpu(on_gpus: Load) -> None:
     free, total = torch.cuda.mem_get_info(1)
-    left = 3 * 2**30  # of the share of the second GPU that may be used
-    full = torch.empty(int(free - 0.1 * total) - left, dtype=torch.uint8, device="cuda:1")
+    left = 3 * 2**30  # of the second GPU, beside the margin
+    full = torch.empty(int(free - _MARGIN * total) - left, dtype=torch.uint8, device="cuda:1")
     sizes = {"kv_blocks": 0, "max_batch_sequences": 10**5, "host_kv_memory": 0}
     executor = on_gpus("llama", 2, **sizes)
     each = executor.pool.blocks * executor.pool.block_bytes // 2
