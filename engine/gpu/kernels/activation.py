@@ -20,8 +20,7 @@ def _activated(x, KIND: tl.constexpr):
         found = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        # tanh(t) = 1 - 2 / (exp(2 t) + 1), which is right at both ends
-        found = 0.5 * x * (2.0 - 2.0 / (tl.exp(tl.minimum(2.0 * inner, 80.0)) + 1.0))
+        found = x / (1.0 + tl.exp(-2.0 * inner))  # 1 + tanh(t) = 2 / (1 + exp(-2 t)), also near 0
     else:
         found = tl.maximum(x, 0.0)
     return found

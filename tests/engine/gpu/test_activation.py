@@ -14,7 +14,7 @@ _TORCH = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def _random(device: torch.device, rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -26,7 +26,7 @@ def _random(device: torch.device, rows: int, size: int, dtype: torch.dtype) -> t
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_torchs(device: torch.device, kind: str, dtype: torch.dtype) -> None:
     gate_up = _random(device, 3, 192, dtype)
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate_up.double().chunk(2, dim=-1)  # in float32, torch's 1 + tanh cancels
     expected = (_TORCH[kind](gate) * up).to(dtype)
     tolerance = _TOLERANCE[dtype]
     torch.testing.assert_close(gated(gate_up, kind), expected, rtol=tolerance, atol=tolerance)
