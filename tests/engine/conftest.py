@@ -247,6 +247,15 @@ class Driver:
         self.running.append(sequence)
         return sequence
 
+    def logprobs(self) -> list[float]:
+        """Those of every step's results, of prompts and of outputs."""
+        return [
+            logprob.logprob
+            for _, result in self.results
+            for given, prompt in zip(result.sampled, result.prompt_logprobs, strict=True)
+            for logprob in (*prompt, *([given.logprob] if given and given.logprob else []))
+        ]
+
     def preempt(self, sequence: Sequence) -> None:
         """Take its blocks; it has to compute everything again."""
         self.free += sequence.blocks

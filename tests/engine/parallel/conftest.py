@@ -3,6 +3,7 @@ each kind for the whole run."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -57,6 +58,13 @@ OPTIONS: dict[str, Any] = {
     "max_batch_tokens": 16,
     "threads": 1,
 }
+TRITON = {"attention_backend": "triton", "block_size": 4, "max_batch_sequences": 4}
+SWAPPING = TRITON | {"host_kv_memory": 2**18}
+
+
+def children() -> set[int]:
+    """Ranks that this process has started, by process id."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 @pytest.fixture(scope="session")
@@ -91,4 +99,18 @@ def ranks(model: Callable[[str], TinyModel]) -> Iterator[Callable[..., TorchExec
 
     yield make
     for executor in made.values():
+        executor.close()
+
+
+@pytest.fixture
+def one(model: Callable[[str], TinyModel]) -> Iterator[Callable[..., TorchExecutor]]:
+    """`one(name)`: an executor of a single process, in torch, closed at the end."""
+    made: list[TorchExecutor] = []
+
+    def make(name: str, **options: Any) -> TorchExecutor:
+        made.append(load_executor(model(name).path, **OPTIONS | {"block_size": 4} | options))
+        return made[-1]
+
+    yield make
+    for executor in made:
         executor.close()

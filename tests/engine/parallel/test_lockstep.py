@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -20,10 +19,7 @@ from engine.model.runner import TorchExecutor
 from engine.parallel.leading import LeadingExecutor
 from engine.parallel.lockstep import pack_rows, unpack_rows
 from tests.engine.conftest import Driver, TinyModel
-from tests.engine.parallel.conftest import OPTIONS
-from tests.engine.parallel.test_own_pools import SWAPPING, one
-
-__all__ = ["one"]
+from tests.engine.parallel.conftest import OPTIONS, SWAPPING, children
 
 Ranks = Callable[..., TorchExecutor]
 Model = Callable[[str], TinyModel]
@@ -95,14 +91,7 @@ def test_logprobs_are_those_of_one_rank(shards: LeadingExecutor, one: Ranks) -> 
         driver = Driver(executor, budget=16)
         driver.add([4, 5, 6, 7], 2, logprobs=3, prompt_logprobs=2)
         driver.run()
-        return torch.tensor(
-            [
-                logprob.logprob
-                for _, result in driver.results
-                for given, prompt in zip(result.sampled, result.prompt_logprobs, strict=True)
-                for logprob in (*prompt, *([given.logprob] if given and given.logprob else []))
-            ]
-        )
+        return torch.tensor(driver.logprobs())
 
     torch.testing.assert_close(told(shards), told(one("small-llama")), atol=1e-3, rtol=1e-3)
 
@@ -121,10 +110,9 @@ def test_a_generation_pass_comes_out_as_it_went_in(ids: Any) -> None:
 
 
 def test_a_shard_that_dies_breaks_the_executor(model: Model) -> None:
-    before = {child.pid for child in multiprocessing.active_children()}
+    before = children()
     executor = load_executor(model("small-llama").path, tensor_parallel=2, **OPTIONS | SWAPPING)
-    (rank,) = {child.pid for child in multiprocessing.active_children()} - before
-    assert rank is not None
+    (rank,) = children() - before
     driver = Driver(executor, budget=16)
     driver.add([5, 6, 7], 4)
     assert driver.step()

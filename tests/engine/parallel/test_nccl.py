@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -20,6 +19,7 @@ from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.plan import StepPlan, Swap
 from tests.engine.conftest import Driver, TinyModel
+from tests.engine.parallel.conftest import children
 
 Model = Callable[[str], TinyModel]
 Load = Callable[..., TorchExecutor]
@@ -125,13 +125,12 @@ def test_kv_takes_what_is_left_on_the_fullest_gpu(on_gpus: Load) -> None:
 
 
 def test_a_gpu_that_is_lost_ends_the_wait_of_the_others(on_gpus: Load) -> None:
-    before = {child.pid for child in multiprocessing.active_children()}
+    before = children()
     executor = on_gpus("llama", 2)
-    (rank,) = {child.pid for child in multiprocessing.active_children()} - before
+    (rank,) = children() - before
     driver = Driver(executor, budget=32)
     driver.add(PROMPTS[0], 20)
     assert driver.step()
-    assert rank is not None
     os.kill(rank, signal.SIGKILL)
     begun = time.monotonic()
     with pytest.raises(ExecutorBroken, match="rank 1 ended with"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from scheduling.plan import StepPlan, Swap
 from scheduling.rules import Rules
 from scheduling.sequence import Sequence
 from tests.engine.conftest import Driver, TinyModel
-from tests.engine.parallel.conftest import OPTIONS
+from tests.engine.parallel.conftest import OPTIONS, SWAPPING, TRITON, children
 from tests.engine.test_swapped_generation import Run
 
 Ranks = Callable[..., TorchExecutor]
@@ -28,23 +27,7 @@ Model = Callable[[str], TinyModel]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 
-TRITON = {"attention_backend": "triton", "block_size": 4, "max_batch_sequences": 4}
-SWAPPING = TRITON | {"host_kv_memory": 2**18}
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [100] * 9, [3])
-
-
-@pytest.fixture
-def one(model: Model) -> Any:
-    """`one(name)`: an executor of a single process, in torch, closed at the end."""
-    made: list[TorchExecutor] = []
-
-    def make(name: str, **options: Any) -> TorchExecutor:
-        made.append(load_executor(model(name).path, **OPTIONS | {"block_size": 4} | options))
-        return made[-1]
-
-    yield make
-    for executor in made:
-        executor.close()
 
 
 @pytest.mark.parametrize(
@@ -77,13 +60,7 @@ def test_sampling_and_logprobs_are_those_of_one_rank(
         sampled = driver.add([9, 8, 7, 6, 5], 3, sampling=Sampling(temperature=1.5, seed=3))
         told = driver.add([4, 5, 6], 2, logprobs=3, prompt_logprobs=2)
         driver.run()
-        logprobs = [
-            logprob.logprob
-            for _, result in driver.results
-            for given, prompt in zip(result.sampled, result.prompt_logprobs, strict=True)
-            for logprob in (*prompt, *([given.logprob] if given and given.logprob else []))
-        ]
-        return [s.tokens for s in (sampled, told)], logprobs
+        return [s.tokens for s in (sampled, told)], driver.logprobs()
 
     expected, logprobs = generate(one(name))
     found, theirs = generate(ranks(name, tensor, pipeline, **SWAPPING))
@@ -250,12 +227,11 @@ def test_a_scheduler_short_of_blocks_swaps_and_changes_no_token(
 
 
 def test_a_rank_that_dies_is_noticed_by_who_waits_for_its_kv(model: Model) -> None:
-    before = {child.pid for child in multiprocessing.active_children()}
+    before = children()
     executor = load_executor(model("small-llama").path, tensor_parallel=2, **OPTIONS | SWAPPING)
-    (rank,) = {child.pid for child in multiprocessing.active_children()} - before
+    (rank,) = children() - before
     assert executor.staging is not None
     executor.staging.save([0])
-    assert rank is not None
     os.kill(rank, signal.SIGSTOP)
     sequence = Driver(executor, budget=16).add([5, 6], 1)
     sequence.blocks, sequence.host_blocks = [1], [0]

@@ -27,7 +27,7 @@ from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy
 from scheduling.plan import Chunk, StepPlan
 from tests.engine.conftest import Driver, TinyModel
-from tests.engine.parallel.conftest import OPTIONS
+from tests.engine.parallel.conftest import OPTIONS, children
 
 Ranks = Callable[..., TorchExecutor]
 Model = Callable[[str], TinyModel]
@@ -58,19 +58,13 @@ def test_ranks_generate_what_one_does(
 def test_sampling_and_logprobs_are_those_of_one_rank(
     model: Model, ranks: Ranks, name: str, tensor: int, pipeline: int
 ) -> None:
-    def generate(executor: TorchExecutor) -> tuple[list[list[int]], list[list[float]]]:
+    def generate(executor: TorchExecutor) -> tuple[list[list[int]], list[float]]:
         driver = Driver(executor, budget=16)
         sampled = driver.add([9, 8, 7, 6, 5], 5, sampling=Sampling(temperature=1.5, seed=3))
         told = driver.add([4, 5, 6], 4, logprobs=3, prompt_logprobs=2)
         greedy = driver.add([8, 8], 4)
         driver.run()
-        logprobs = [
-            logprob.logprob
-            for _, result in driver.results
-            for given, prompt in zip(result.sampled, result.prompt_logprobs, strict=True)
-            for logprob in (*prompt, *([given.logprob] if given and given.logprob else []))
-        ]
-        return [s.tokens for s in (sampled, told, greedy)], [logprobs]
+        return [s.tokens for s in (sampled, told, greedy)], driver.logprobs()
 
     one = load_executor(model(name).path, **OPTIONS)
     expected, logprobs = generate(one)
@@ -183,11 +177,6 @@ def test_what_cannot_be_divided_is_refused(
 # -- Losses ------------------------------------------------------------------------------------
 
 
-def _children() -> set[int]:
-    """Ranks that this process has started, by process id."""
-    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
-
-
 def _one_pass(executor: TorchExecutor) -> None:
     driver = Driver(executor, budget=16)
     driver.add([5, 6, 7], 1)
@@ -195,9 +184,9 @@ def _one_pass(executor: TorchExecutor) -> None:
 
 
 def test_a_rank_that_dies_breaks_the_executor_and_takes_the_others_along(model: Model) -> None:
-    before = _children()
+    before = children()
     executor = load_executor(model("qwen3").path, tensor_parallel=2, pipeline_parallel=2, **OPTIONS)
-    mine = _children() - before
+    mine = children() - before
     assert len(mine) == 3
     _one_pass(executor)
     os.kill(max(mine), signal.SIGKILL)
@@ -206,16 +195,16 @@ def test_a_rank_that_dies_breaks_the_executor_and_takes_the_others_along(model: 
         _one_pass(executor)
     executor.close()
     assert time.monotonic() - started < 30
-    assert not _children() & mine
+    assert not children() & mine
 
 
 def test_a_rank_that_hangs_breaks_the_executor(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.parallel.load, "PATIENCE", 2.0)
-    before = _children()
+    before = children()
     executor = load_executor(model("llama").path, tensor_parallel=2, **OPTIONS)
-    (other,) = _children() - before
+    (other,) = children() - before
     os.kill(other, signal.SIGSTOP)
     with pytest.raises(ExecutorBroken, match="do not answer"):
         _one_pass(executor)
@@ -224,10 +213,10 @@ def test_a_rank_that_hangs_breaks_the_executor(
 
 
 def test_the_wait_for_an_output_ends_with_it_or_when_it_is_interrupted(model: Model) -> None:
-    before = _children()
+    before = children()
     executor = load_executor(model("llama").path, pipeline_parallel=2, **OPTIONS)
     assert isinstance(executor, Pipeline)
-    (other,) = _children() - before
+    (other,) = children() - before
     driver = Driver(executor, budget=16)
     plans = [StepPlan((driver._chunk(driver.add([5, 6, 7 + i], 1), 3),)) for i in range(2)]
     os.kill(other, signal.SIGSTOP)
@@ -252,7 +241,7 @@ def test_the_wait_for_an_output_ends_with_it_or_when_it_is_interrupted(model: Mo
 
 def _serve(path: Path, options: dict[str, Any], pids: Any) -> None:
     executor = load_executor(path, tensor_parallel=2, **options)
-    pids.send(sorted(_children()))
+    pids.send(sorted(children()))
     signal.pause()
     executor.close()
 
