@@ -17,8 +17,21 @@ def test_logprobs_of_a_prompt_computed_twice_are_kept_once(make_request) -> None
     assert record.logprobs == all_of_them
 
 
-def test_times_count_from_arrival_and_from_the_first_pass(make_request) -> None:
-    record = PromptRecord(make_request("r", prompt=6), arrived_at=1.0)
-    record.begin(3.0)
-    record.begin(9.0)
-    assert (record.queued, record.computed(10.0)) == (2.0, 7.0)
+def test_times_and_cached_tokens_are_those_of_the_first_pass(make_request) -> None:
+    request = make_request("r", prompt=6)
+    sequence = Sequence.start(request, 0, now=1.0)
+    record = PromptRecord(request, arrived_at=1.0)
+    sequence.cached = 4
+    record.begin(sequence, 3.0)
+    sequence.cached = 5
+    record.begin(sequence, 9.0)
+    assert (record.queued, record.computed(10.0), record.cached) == (2.0, 7.0, 4)
+
+
+def test_what_was_generated_before_is_no_cached_part_of_the_prompt(make_request) -> None:
+    request = make_request("r", prompt=6)
+    sequence = Sequence.start(request, 0, now=1.0)
+    sequence.cached = 8
+    record = PromptRecord(request, arrived_at=1.0)
+    record.begin(sequence, 3.0)
+    assert record.cached == 6
