@@ -366,34 +366,6 @@ def load(kind: type[C], flags: dict[str, Any], file: Path | None = None) -> C:
         raise ConfigError("; ".join(lines)) from error
 
 
-def host_of(address: str) -> str:
-    """The host part of host:port."""
-    return address.rpartition(":")[0].strip("[]")
-
-
-def require_loopback(address: str, *, insecure_network: bool) -> None:
-    """Refuse to listen beyond this host in the clear unless told to.
-
-    Raises ConfigError.
-    """
-    local = host_of(address) in ("127.0.0.1", "localhost", "::1") or address.startswith("unix:")
-    if not local and not insecure_network:
-        raise ConfigError(
-            f"--address {address}: listening beyond loopback without TLS needs "
-            "--insecure-network (do that only inside a private network)"
-        )
-
-
-def require_reachable(address: str, flag: str) -> str:
-    """`address`, unless it is a wildcard, which nobody can connect to.
-
-    Raises ConfigError naming `flag`, which is how to give a better one.
-    """
-    if host_of(address) in ("0.0.0.0", "::", ""):  # noqa: S104 # refused, not bound
-        raise ConfigError(f"{flag}: others cannot reach {address}: name a host or an IP address")
-    return address
-
-
 def environment_names(kind: type[ProcessConfig]) -> dict[str, str]:
     """Field name to environment variable, for help texts and for starting child processes."""
     return {name: f"BATON_{name.upper()}" for name in kind.model_fields}

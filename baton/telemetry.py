@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
-from baton.config import ProcessConfig, host_of
+from baton.addresses import host_of
+from baton.config import ProcessConfig
 from baton.errors import ConfigError
 
 # fmt: off

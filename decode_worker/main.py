@@ -9,7 +9,8 @@ from functools import partial
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import rpc, telemetry
-from baton.config import DecodeConfig, require_loopback, require_reachable
+from baton.addresses import require_loopback, require_reachable
+from baton.config import DecodeConfig
 from baton.errors import ConfigError
 from baton.internal.v1 import worker_pb2_grpc
 from baton.prefix import block_keys

@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 
 from baton import telemetry
-from baton.config import GatewayConfig, require_loopback
+from baton.addresses import require_loopback
+from baton.config import GatewayConfig
 from baton.errors import ConfigError, QueueError
 from baton.process import unique_id, until_stopped
 from baton.rpc import Server

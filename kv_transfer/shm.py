@@ -139,8 +139,7 @@ class ShmReader:
             start = source * size
             if not 0 <= start <= len(pool) - size:
                 raise KvTransferError(f"block {source} is outside the producer's pool")
-            if run.stopped:
-                raise KvTransferError("transfer was given up")
+            run.check_wanted()
             np.copyto(target, pool[start : start + size])
             run.land(index)
 

@@ -6,7 +6,8 @@ import asyncio
 import sys
 
 from baton import telemetry
-from baton.config import ServeConfig, require_loopback
+from baton.addresses import require_loopback
+from baton.config import ServeConfig
 from launcher.cluster import LocalCluster
 from launcher.interrupt import interruptible
 

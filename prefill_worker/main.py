@@ -9,7 +9,8 @@ from functools import partial
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from baton import telemetry
-from baton.config import PrefillConfig, require_loopback, require_reachable
+from baton.addresses import require_loopback, require_reachable
+from baton.config import PrefillConfig
 from baton.internal.v1 import kv_pb2_grpc, worker_pb2_grpc
 from baton.prefix import block_keys
 from baton.rpc import Server

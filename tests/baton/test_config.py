@@ -54,21 +54,3 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, named: str) -
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         config.load(config.DecodeConfig, {}, tmp_path / "nothing.yaml")
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:/tmp/x"])
-def test_loopback_needs_no_permission(address: str) -> None:
-    config.require_loopback(address, insecure_network=False)
-
-
-def test_other_addresses_in_the_clear_are_refused_unless_allowed() -> None:
-    with pytest.raises(ConfigError, match="--insecure-network"):
-        config.require_loopback("0.0.0.0:50051", insecure_network=False)
-    config.require_loopback("0.0.0.0:50051", insecure_network=True)
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:50061", "[::]:50061", ":50061"])
-def test_a_wildcard_is_no_address_to_tell_others(address: str) -> None:
-    with pytest.raises(ConfigError, match="--advertise-address"):
-        config.require_reachable(address, "--advertise-address")
-    assert config.require_reachable("10.0.0.7:50061", "--x") == "10.0.0.7:50061"

@@ -66,8 +66,9 @@ async def test_a_lease_that_nobody_follows_expires_on_the_timer(make_pair, until
     assert pair.producer.leased_blocks == 0
 
 
-async def test_a_pull_keeps_its_lease_alive_while_prefill_goes_on(make_pair):
+async def test_a_pull_keeps_its_lease_alive_while_prefill_goes_on(make_pair, until):
     pair = await make_pair(producer={"time_to_live": 0.4})
+    await pair.consumer.pull(pair.publish([5]), [5])  # connects, which may take longer than that
     ref = pair.publish(range(4), sealed=False)
     pull = asyncio.create_task(pair.consumer.pull(ref, range(4)))
     await asyncio.sleep(1.2)
@@ -170,8 +171,9 @@ async def test_a_cancelled_pull_ends_only_after_its_thread(pair, monkeypatch, un
 
 async def test_a_pull_cancelled_while_it_waits_frees_the_source(pair, until):
     ref = pair.publish(range(4), sealed=False)
+    pair.producer.advance(ref.lease_id, 1)
     pull = asyncio.create_task(pair.consumer.pull(ref, range(4)))
-    await asyncio.sleep(0.1)
+    await until(lambda: pair.copied([0], [0]))  # the rest is waited for
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
         await pull
