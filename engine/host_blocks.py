@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from engine.executor import Executor
 from engine.model.pool import KvPool
 from engine.model.runner import TorchExecutor
+from engine.staged import Pulls, Ref, Report, StagedBlocks, StagedConsumer, saving
 
 if TYPE_CHECKING:
     from engine.gpu.device_blocks import DeviceBlocks
-    from engine.gpu.staging import Pulls, Ref, Report, StagedBlocks, Staging
+    from engine.gpu.staging import Staging
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ def to_publish(
         return executor, executor.pool
     device = on_device(staging)
     if device is None:
-        from engine.gpu.staging import saving
-
         return saving(executor, staging), staging
     from engine.gpu.device_blocks import SettledExecutor
 
@@ -58,8 +57,6 @@ def filling(consumer: Pulls[Ref, Report], store: KvPool | StagedBlocks) -> Pulls
     """`consumer`, which pulls into `store`, so that what it brings gets to where the model is."""
     if isinstance(store, KvPool):
         return consumer
-    from engine.gpu.staging import StagedConsumer
-
     if device := on_device(store):
         from engine.gpu.device_blocks import SettledConsumer
 

@@ -30,8 +30,9 @@ from baton.internal.v1.kv_pb2_grpc import add_KvServiceServicer_to_server
 from baton.types import KvRef
 from engine.gpu.device_blocks import DeviceBlocks, SettledConsumer
 from engine.gpu.shared_memory import memory_of
-from engine.gpu.staging import StagedConsumer, Staging
+from engine.gpu.staging import Staging
 from engine.model.pool import KvGeometry, KvPool
+from engine.staged import StagedConsumer
 from kv_transfer.channel import GrpcDialer, KvServicer
 from kv_transfer.consumer import PullConsumer
 from kv_transfer.contract import KvLayout, PullReport

@@ -22,8 +22,8 @@ from torch import Tensor
 from engine.executor import Executor
 from engine.gpu.kernels.digest import digests, transfer
 from engine.gpu.shared_memory import Opened, SharedMemory
-from engine.gpu.staging import Pulls, Ref, Report
 from engine.gpu.transfer import on, to_device
+from engine.staged import Pulls, Ref, Report
 from scheduling.plan import Capacity, StepPlan, StepResult
 
 

@@ -1,32 +1,28 @@
-"""The KV of a device pool as the hand-off sees it: the same blocks in host memory.
+"""The KV of a device pool in host memory, the same blocks: see engine/staged.py.
 
-A prefill worker saves the blocks that a pass has finished: before their lease says that they are
-final, or if others can copy from the device itself (device_blocks.py), only for those who cannot.
-What it has found of a prefix has been saved before, then. A decode worker loads the blocks that a
-pull has brought, before their sequence runs. Either way many blocks are gathered into one buffer on
-the device, cross the bus in one copy, and go beside the passes, on a stream of their own.
+Many blocks are gathered into one buffer on the device, cross the bus in one copy, and go beside the
+passes, on a stream of their own. Where others can copy from the device itself (device_blocks.py),
+blocks are saved only for those who cannot. What a prefill worker has found of a prefix has been
+saved before, then.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import mmap
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.executor import Executor, Pipeline
 from engine.gpu.kernels.blocks import gather, scatter
 from engine.gpu.transfer import on
 from engine.model.pool import KvGeometry, KvPool, Portion, numbers_and_scales
-from scheduling.plan import Capacity, StepPlan, StepResult
 
 if TYPE_CHECKING:
     from engine.gpu.device_blocks import DeviceBlocks
@@ -34,19 +30,8 @@ if TYPE_CHECKING:
 _BUFFER_BYTES = 32 * 2**20  # that cross at once
 
 
-def finished_blocks(plan: StepPlan, block_size: int) -> list[int]:
-    """Blocks that nobody writes to after the pass, unless to generate: those it fills, and the last
-    one of each prompt that it completes."""
-    found: list[int] = []
-    for chunk in plan.chunks:
-        end = chunk.start + chunk.length
-        until = -(-end // block_size) if chunk.sample else end // block_size
-        found += chunk.sequence.blocks[chunk.start // block_size : until]
-    return found
-
-
 class Staging:
-    """A BlockStore (kv_transfer/contract.py) beside a device pool, block for block.
+    """The StagedBlocks of a pool on one device.
 
     Memory is touched, and so taken, when a block first crosses.
     """
@@ -73,14 +58,13 @@ class Staging:
         self.device: DeviceBlocks | None = None  # who goes past the host, if anybody can
 
     def block(self, index: int) -> memoryview:
-        """Writable bytes of one block in host memory."""
+        """See StagedBlocks."""
         if not 0 <= index < self.blocks:
             raise IndexError(f"block {index} of a pool of {self.blocks}")
         return self._view[index * self.block_bytes : (index + 1) * self.block_bytes]
 
     def save(self, blocks: Items[int], *, settled: bool = False) -> None:
-        """Copy from the device, behind all that it was given so far, or if they are `settled`
-        beside it. Returns when they are here."""
+        """See StagedBlocks; beside what the device was given so far if they are `settled`."""
         with self._saving as lane:
             for some in _pieces(blocks, self._most):
                 lane.gather(some, settled=settled)
@@ -89,7 +73,7 @@ class Staging:
                         np.copyto(here[block], there[row])
 
     def load(self, blocks: Items[int]) -> None:
-        """Copy to the device, behind all that it was given so far. Returns when they are there."""
+        """See StagedBlocks."""
         with self._loading as lane:
             for some in _pieces(blocks, self._most):
                 for here, there in zip(self._here, lane.arrays, strict=True):
@@ -180,129 +164,3 @@ class _Lane:
 def _pieces(blocks: Items[int], most: int) -> Iterator[Items[int]]:
     for first in range(0, len(blocks), most):
         yield blocks[first : first + most]
-
-
-class StagedBlocks(Protocol):
-    """A Staging, or those of several ranks as one (engine/parallel/joint.py)."""
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        ...
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block."""
-        ...
-
-    def block(self, index: int) -> memoryview:
-        """See Staging."""
-        ...
-
-    def save(self, blocks: Items[int]) -> None:
-        """See Staging."""
-        ...
-
-    def load(self, blocks: Items[int]) -> None:
-        """See Staging."""
-        ...
-
-
-def saving(executor: Executor, staging: StagedBlocks) -> Executor:
-    """An Executor like `executor` whose results come when the blocks that their pass has finished
-    are on the host, too: a prefill worker hands them over from there."""
-    if isinstance(executor, Pipeline):
-        return SavingPipeline(executor, staging)
-    return SavingExecutor(executor, staging)
-
-
-class SavingExecutor:
-    """See `saving`."""
-
-    def __init__(self, executor: Executor, staging: StagedBlocks) -> None:
-        self._executor, self._staging = executor, staging
-
-    @property
-    def capacity(self) -> Capacity:
-        """That of the executor."""
-        return self._executor.capacity
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one pass, and save what it finished."""
-        return self._saved(plan, self._executor.execute(plan))
-
-    def close(self) -> None:
-        """Close the executor."""
-        self._executor.close()
-
-    def _saved(self, plan: StepPlan, result: StepResult) -> StepResult:
-        self._staging.save(finished_blocks(plan, self.capacity.block_size))
-        return result
-
-
-class SavingPipeline(SavingExecutor):
-    """See `saving`; a Pipeline (engine/executor.py)."""
-
-    def __init__(self, executor: Pipeline, staging: StagedBlocks) -> None:
-        super().__init__(executor, staging)
-        self._pipeline = executor
-
-    def submit(self, plan: StepPlan) -> tuple[StepPlan, Any]:
-        """Begin a pass."""
-        return plan, self._pipeline.submit(plan)
-
-    def ready(self, handle: tuple[StepPlan, Any]) -> bool:
-        """Wait for the oldest pass, or `interrupt`."""
-        return self._pipeline.ready(handle[1])
-
-    def interrupt(self) -> None:
-        """End the wait in `ready`."""
-        self._pipeline.interrupt()
-
-    def result(self, handle: tuple[StepPlan, Any]) -> StepResult:
-        """The result of the oldest pass; what it finished is saved."""
-        plan, begun = handle
-        return self._saved(plan, self._pipeline.result(begun))
-
-
-class Pulled(Protocol):
-    """What this needs of a pull's report."""
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the blocks are in the device's pool already."""
-        ...
-
-
-Ref = TypeVar("Ref", contravariant=True)
-Report = TypeVar("Report", bound=Pulled, covariant=True)
-
-
-class Pulls(Protocol[Ref, Report]):
-    """What this needs of a Consumer."""
-
-    async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
-        """Bring the blocks of `ref` after the first `skip` into the blocks `into`, of the host's
-        memory or of the device."""
-        ...
-
-
-class StagedConsumer(Generic[Ref, Report]):
-    """A Consumer (kv_transfer/contract.py) whose blocks are loaded into the device when they have
-    come: `consumer` pulls into the staging, if not into the device."""
-
-    def __init__(self, consumer: Pulls[Ref, Report], staging: StagedBlocks) -> None:
-        self._consumer, self._staging = consumer, staging
-
-    async def pull(self, ref: Ref, into: Items[int], skip: int = 0) -> Report:
-        """As the consumer does; the KV is on the device when this returns."""
-        report = await self._consumer.pull(ref, into, skip)
-        if report.on_device:
-            return report
-        loading = asyncio.ensure_future(asyncio.to_thread(self._staging.load, into))
-        try:
-            await asyncio.shield(loading)
-        except asyncio.CancelledError:
-            await loading  # nothing may write into the blocks any more when this ends
-            raise
-        return report

@@ -26,7 +26,7 @@ from scheduling.plan import Capacity, Chunk, Sampled, StepPlan, StepResult
 from scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
-    from engine.gpu.staging import StagedBlocks
+    from engine.staged import StagedBlocks
 
 Outcome = tuple[tuple[Sampled | None, ...], tuple[tuple[Logprob, ...], ...]]
 """What was sampled, and the prompt logprobs, for each chunk of a pass."""

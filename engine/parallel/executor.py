@@ -17,7 +17,7 @@ from engine.parallel.model import ParallelModel
 from scheduling.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from engine.gpu.staging import StagedBlocks
+    from engine.staged import StagedBlocks
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,8 @@ from engine.parallel.team import Team
 
 
 class JointStaging:
-    """A BlockStore (kv_transfer/contract.py) of whole blocks in host memory, which all ranks save
-    their shares to and load them from; see engine.gpu.staging.Staging. Raises ExecutorBroken if a
-    rank is lost."""
+    """The StagedBlocks (engine/staged.py) of several ranks: whole blocks, which all of them save
+    their shares to and load them from. Raises ExecutorBroken if a rank is lost."""
 
     def __init__(self, team: Team, own: Staging, patience: float) -> None:
         """`own` is rank 0's; `patience`: longest wait for the others, seconds."""
@@ -38,20 +37,18 @@ class JointStaging:
         return self._own.block_bytes
 
     def block(self, index: int) -> memoryview:
-        """Writable bytes of one block in host memory."""
+        """See StagedBlocks."""
         return self._own.block(index)
 
     def save(self, blocks: Items[int]) -> None:
-        """Copy from the devices, behind all that they were given so far. Returns when they are
-        here."""
+        """See StagedBlocks."""
         if blocks:
             done = self._team.move(Kind.SAVE, blocks)
             self._own.save(blocks)
             self._wait(done)
 
     def load(self, blocks: Items[int]) -> None:
-        """Copy to the devices, behind all that they were given so far. Returns when they are
-        there."""
+        """See StagedBlocks."""
         if blocks:
             done = self._team.move(Kind.LOAD, blocks)
             self._own.load(blocks)

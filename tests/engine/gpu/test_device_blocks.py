@@ -18,9 +18,10 @@ from engine import host_blocks
 from engine.gpu.device_blocks import DeviceBlocks, SettledConsumer, SettledExecutor
 from engine.gpu.kernels.launch import interpreted
 from engine.gpu.shared_memory import HostMemory, Opened, memory_of
-from engine.gpu.staging import SavingExecutor, Staging
+from engine.gpu.staging import Staging
 from engine.model.memory import OwnMemory
 from engine.model.pool import KvGeometry, KvPool
+from engine.staged import SavingExecutor
 
 # Pools on a CPU need the interpreter.
 on_cpu = pytest.mark.skipif(not interpreted(), reason="kernels run on the GPU here")

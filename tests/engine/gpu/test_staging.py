@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.gpu.staging import SavingExecutor, StagedConsumer, Staging, finished_blocks
+from engine.gpu.staging import Staging
 from engine.model.pool import KvGeometry, KvPool
+from engine.staged import SavingExecutor, StagedConsumer, finished_blocks
 from scheduling.plan import Chunk, StepPlan
 from tests.engine.gpu.test_executor import on_gpu, prompt, small
 

@@ -12,9 +12,9 @@ import torch
 
 from baton.types import Request, Sampling, Stopping
 from engine.executor import ExecutorBroken, Pipeline
-from engine.gpu.staging import saving
 from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
+from engine.staged import saving
 from scheduling.plan import StepPlan, Swap
 from scheduling.rules import Rules
 from scheduling.sequence import Sequence
