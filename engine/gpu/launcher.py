@@ -11,12 +11,12 @@ from torch import Tensor
 
 from baton.types import Logprob
 from engine.attention.contract import Batch
-from engine.gpu.graphs import DecodeGraphs, DecodeRows
-from engine.gpu.kernels.blocks import clear
+from engine.gpu.graphs import DecodeRows
 from engine.gpu.model import GpuLlama
+from engine.gpu.passes import Passes
 from engine.gpu.sampler import DeviceSampler, Drawn
-from engine.gpu.transfer import Stopwatch, batch_to_device, to_device
-from engine.model.batch import BatchBuilder, ChunkRows, begun_blocks
+from engine.gpu.transfer import Stopwatch, to_device
+from engine.model.batch import BatchBuilder, ChunkRows
 from engine.model.pool import KvPool
 from engine.model.runner import prompt_logprobs_of
 from scheduling.plan import Capacity, Chunk, Sampled, StepPlan
@@ -91,7 +91,8 @@ class Nobody:
 
 
 class Launcher:
-    """One model and one pool. Passes run in the order in which they are given."""
+    """Passes of one model over one pool, and what is drawn from their logits. They run in the order
+    in which they are given."""
 
     def __init__(
         self,
@@ -102,35 +103,31 @@ class Launcher:
         others: Others | None = None,
     ) -> None:
         """`others`: where the model is one of several shards."""
-        self._model, self._pool, self._batches = model, pool, batches
+        self._batches, self._block_size = batches, pool.block_size
         self._others = others or Nobody()
         self._device = pool.storage.device
         most = capacity.max_sequences * capacity.depth
         self._sampler = DeviceSampler(model.vocab_size, most, self._device)
-        self._graphs = DecodeGraphs(model, pool, capacity)
+        self._passes = Passes(model, pool, capacity)
 
     def record(self) -> None:
         """Record the graphs of generation passes."""
         self._others.record()
-        self._graphs.record()
+        self._passes.record()
 
     def chunks(self, chunks: list[Chunk]) -> Launched:
         """A pass over tokens that the host knows."""
         plan = StepPlan(tuple(chunks))
-        self._clear(begun_blocks(plan, self._pool.block_size))
         singles = plan.tokens == len(chunks) and all(chunk.sample for chunk in chunks)
-        if singles and self._graphs.holds(len(chunks)):
+        if singles and self._passes.holds(len(chunks)):
             ids = np.array([chunk.sequence.tokens[chunk.start] for chunk in chunks])
             rows = self._rows(plan.chunks)
             self._others.rows(rows, ids)
-            logits = self._others.logits(self._graphs.run(rows, to_device(ids, self._device)))
+            logits = self._others.logits(self._passes.rows(rows, to_device(ids, self._device)))
             return Launched(chunks, self._draw(chunks, logits))
         batch, places = self._batches.build(plan)
         self._others.batch(batch)
-        batch = batch_to_device(batch, self._device)
-        logits = self._others.logits(
-            self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool)
-        )
+        logits = self._others.logits(self._passes.batch(batch))
         prompt = [
             prompt_logprobs_of(chunk, place, logits)
             for chunk, place in zip(chunks, places, strict=True)
@@ -143,7 +140,7 @@ class Launcher:
 
     def goes_on(self, count: int) -> bool:
         """Whether `go_on` takes so many sequences."""
-        return self._graphs.holds(count)
+        return self._passes.holds(count)
 
     def go_on(
         self, sequences: list[Sequence], positions: list[int], tokens: Tensor, sources: list[int]
@@ -152,12 +149,11 @@ class Launcher:
         the device knows."""
         pairs = zip(sequences, positions, strict=True)
         chunks = tuple(Chunk(sequence, at, 1, sample=True) for sequence, at in pairs)
-        self._clear(begun_blocks(StepPlan(chunks), self._pool.block_size))
         watch = Stopwatch(self._device)
         rows = self._rows(chunks)
         self._others.rows(rows, None)
         ids = self._others.tokens(tokens[to_device(np.array(sources), self._device)])
-        logits = self._others.logits(self._graphs.run(rows, ids))
+        logits = self._others.logits(self._passes.rows(rows, ids))
         lengths = [at + 1 for at in positions]
         launched = Launched(chunks, self._sampler.draw(logits, sequences, lengths, ids))
         watch.stop()
@@ -168,17 +164,11 @@ class Launcher:
         sequences = [chunk.sequence for chunk in chunks if chunk.sample]
         return self._sampler.draw(logits, sequences, [len(s.tokens) for s in sequences])
 
-    def _clear(self, blocks: list[int]) -> None:
-        """Zero these blocks, before a sequence begins to fill them."""
-        if blocks:
-            clear(self._pool.storage, to_device(np.array(blocks), self._device))
-
     def _rows(self, chunks: tuple[Chunk, ...]) -> DecodeRows:
         """Where the tokens of these chunks, one each, stand and what they see."""
-        size = self._pool.block_size
         at = np.array([chunk.start for chunk in chunks])
         tables = self._batches.tables(chunks)
-        return DecodeRows.at(at, tables.astype(np.int32), size)
+        return DecodeRows.at(at, tables.astype(np.int32), self._block_size)
 
 
 def _row(place: ChunkRows, whole_rows: int) -> int:

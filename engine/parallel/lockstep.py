@@ -7,41 +7,42 @@ them. Rank 0 gets all columns of the logits and draws alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.attention.contract import Batch
-from engine.gpu.graphs import DecodeGraphs, DecodeRows
-from engine.gpu.kernels.blocks import clear
+from engine.gpu.graphs import DecodeRows
 from engine.gpu.model import GpuLlama
-from engine.gpu.transfer import batch_to_device, to_device
-from engine.model.batch import begun_in
+from engine.gpu.passes import Passes
+from engine.gpu.transfer import to_device
 from engine.model.pool import KvPool
 from engine.parallel.group import Group
 from engine.parallel.message import Kind, kind_of, pack, say, unpack
-from engine.parallel.team import Team
 from scheduling.plan import Capacity
 
 
 class Leader:
     """The Others (engine/gpu/launcher.py) of rank 0."""
 
-    def __init__(self, team: Team, shards: Group, vocab_size: int) -> None:
-        self._team, self._shards, self._vocab_size = team, shards, vocab_size
+    def __init__(self, tell: Callable[[bytes], None], shards: Group, vocab_size: int) -> None:
+        """`tell` brings a message to every other rank."""
+        self._tell, self._shards, self._vocab_size = tell, shards, vocab_size
 
     def record(self) -> None:
         """See Others."""
-        self._team.begin(say(Kind.RECORD))
+        self._tell(say(Kind.RECORD))
 
     def batch(self, batch: Batch) -> None:
         """See Others."""
-        self._team.begin(pack(batch))
+        self._tell(pack(batch))
 
     def rows(self, rows: DecodeRows, token_ids: NDArray[np.int64] | None) -> None:
         """See Others."""
-        self._team.begin(pack_rows(rows, token_ids))
+        self._tell(pack_rows(rows, token_ids))
 
     def tokens(self, token_ids: Tensor) -> Tensor:
         """See Others."""
@@ -57,42 +58,31 @@ class Follower:
     """Another rank: launches what rank 0 says, over its own pool."""
 
     def __init__(self, model: GpuLlama, pool: KvPool, capacity: Capacity, shards: Group) -> None:
-        self._model, self._pool, self._shards = model, pool, shards
-        self._device = pool.storage.device
-        self._graphs = DecodeGraphs(model, pool, capacity)
+        self._passes, self._shards = Passes(model, pool, capacity), shards
+        self._device, self._block_size = pool.storage.device, pool.block_size
 
     def do(self, message: bytes) -> None:
         """What the leader told."""
         match kind_of(message):
             case Kind.RECORD:
-                self._graphs.record()
+                self._passes.record()
             case Kind.ROWS:
                 self._rows(message)
             case _:
-                self._batch(message)
-
-    def _batch(self, message: bytes) -> None:
-        batch = unpack(message, self._pool.block_size)
-        self._clear(begun_in(batch, self._pool.block_size))
-        batch = batch_to_device(batch, self._device)
-        self._give(self._model.logits(self._model.inputs(batch), batch.logit_rows, self._pool))
+                self._give(self._passes.batch(unpack(message, self._block_size)))
 
     def _rows(self, message: bytes) -> None:
-        rows, known = unpack_rows(message, self._pool.block_size)
-        self._clear(rows.begun(self._pool.block_size))
+        rows, known = unpack_rows(message, self._block_size)
         if known is None:
             ids = torch.empty(len(rows.positions), dtype=torch.int64, device=self._device)
             ids = self._shards.broadcast(ids)
         else:
             ids = to_device(known, self._device)
-        self._give(self._graphs.run(rows, ids))
+        self._give(self._passes.rows(rows, ids))
 
     def _give(self, logits: Tensor) -> None:
         if len(logits):
             self._shards.gather(logits)
-
-    def _clear(self, blocks: list[int]) -> None:
-        clear(self._pool.storage, to_device(np.array(blocks, np.int64), self._device))
 
 
 def pack_rows(rows: DecodeRows, token_ids: NDArray[np.int64] | None) -> bytes:

@@ -132,7 +132,7 @@ class ParallelModel:
 
         assert self._team is not None and isinstance(self._store, OwnStore)
         assert self._stage is not None and self._stage.shards is not None
-        others = Leader(self._team, self._stage.shards, self.vocab_size)
+        others = Leader(self._team.begin, self._stage.shards, self.vocab_size)
         return Launcher(self.fused_model(), self._store.pool, capacity, batches, others)
 
     def fused_model(self) -> GpuLlama:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from engine.attention.contract import Batch, KvCache
-from engine.model.batch import begun_in
 from engine.model.pool import KvGeometry, KvPool, Portion
 from engine.model.swap import PoolCopies
 from engine.model.swap_lane import OnEnd
@@ -78,13 +76,9 @@ class OwnStore:
     def place(self, batch: Batch) -> Batch:
         """A batch where the rank computes, from host memory; the blocks that it begins are clear
         there. To be called in the order of the passes."""
-        from engine.gpu.kernels.blocks import clear
-        from engine.gpu.transfer import batch_to_device, to_device
+        from engine.gpu.passes import placed
 
-        device = self.pool.storage.device
-        begun = np.array(begun_in(batch, self.pool.block_size), np.int64)
-        clear(self.pool.storage, to_device(begun, device))
-        return batch if device.type == "cpu" else batch_to_device(batch, device)
+        return placed(batch, self.pool)
 
 
 class OwnCache:
