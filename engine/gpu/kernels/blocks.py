@@ -1,5 +1,5 @@
-"""Whole KV blocks moved as bytes: for hand-off and swaps (gather, scatter), for sequences that
-share a prompt (copy), and for new owners (clear). One launch each, for any number of blocks.
+"""Whole KV blocks moved as bytes, for the hand-off (gather, scatter), and cleared for new owners.
+One launch each, for any number of blocks.
 
 Tensors are [blocks, ...] of any format, contiguous; a block is a multiple of 4 bytes, and goes 16
 at a time if it is one of 16. Block numbers are int64 tensors on the device. Who owns which block is
@@ -56,12 +56,6 @@ def gather(storage: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
 def scatter(blocks: Tensor, source: Tensor, storage: Tensor) -> None:
     """storage[blocks[i]] = source[i]; source [N, ...] on the device, or pinned host memory."""
     _launch(source, storage, None, blocks)
-
-
-def copy(storage: Tensor, sources: Tensor, targets: Tensor) -> None:
-    """storage[targets[i]] = storage[sources[i]]; no target may be a source or another target."""
-    assert sources.shape == targets.shape
-    _launch(storage, storage, sources, targets)
 
 
 def clear(storage: Tensor, blocks: Tensor) -> None:

@@ -12,6 +12,5 @@ _NUMBERS = torch.empty(5, dtype=torch.int64, device="meta")
 WIDE = {
     "gather": lambda: blocks.gather(_STORAGE, _NUMBERS, torch.empty_like(_STORAGE[:5])),
     "scatter": lambda: blocks.scatter(_NUMBERS, torch.empty_like(_STORAGE[:5]), _STORAGE),
-    "copy": lambda: blocks.copy(_STORAGE, _NUMBERS, _NUMBERS),
 }
 LAUNCHES = WIDE | {"clear": lambda: blocks.clear(_STORAGE, _NUMBERS)}
