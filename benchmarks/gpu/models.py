@@ -117,6 +117,16 @@ class Sizes:
     max_sequences: int
     block_size: int = 16
 
+    def capacity(self, max_context: int) -> Capacity:
+        """Of a worker with these."""
+        return Capacity(
+            blocks=self.blocks,
+            block_size=self.block_size,
+            max_tokens=self.max_tokens,
+            max_sequences=self.max_sequences,
+            max_context=max_context,
+        )
+
 
 def config_of(source: PretrainedConfig) -> ModelConfig:
     """As read_config makes it of a directory."""
@@ -152,15 +162,8 @@ def executor(
     geometry = KvGeometry.of(
         "random", model.layers, model.kv_heads, model.head_dim, kv_dtype or dtype, sizes.block_size
     )
-    capacity = Capacity(
-        blocks=sizes.blocks,
-        block_size=sizes.block_size,
-        max_tokens=sizes.max_tokens,
-        max_sequences=sizes.max_sequences,
-        max_context=config.max_context,
-    )
     pool = KvPool(geometry, sizes.blocks, device=device)
-    made = GpuExecutor(model, pool, capacity, ahead=ahead)
+    made = GpuExecutor(model, pool, sizes.capacity(config.max_context), ahead=ahead)
     made.warm_up()
     return made
 

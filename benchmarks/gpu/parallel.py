@@ -20,7 +20,6 @@ from engine.parallel.load import PATIENCE
 from engine.parallel.model import ParallelModel
 from engine.parallel.store import Room
 from engine.parallel.topology import Topology
-from scheduling.plan import Capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +81,7 @@ def shards(
     geometry = KvGeometry.of(
         "random", model.layers, model.kv_heads, model.head_dim, dtype, sizes.block_size
     )
-    capacity = Capacity(
-        blocks=sizes.blocks,
-        block_size=sizes.block_size,
-        max_tokens=sizes.max_tokens,
-        max_sequences=sizes.max_sequences,
-        max_context=config.max_context,
-    )
+    capacity = sizes.capacity(config.max_context)
     model.start(geometry)
     try:
         memory = OwnMemory(sizes.blocks * geometry.block_bytes)

@@ -8,9 +8,19 @@ from dataclasses import replace
 import pytest
 from google.rpc import code_pb2
 
-from baton.types import FinishReason, PriorOutput
+from baton.types import FinishReason, PriorOutput, Request
 from queueing.contract import Verdict
 from tests.decode_worker.conftest import Pair, expected, request
+
+
+async def served_without_the_kv(pair: Pair, slot: int, one: Request) -> None:
+    """It gets all its tokens, though what was handed over is not used."""
+    heard = await pair.finished(slot)
+    assert heard.tokens[0] == expected(one)
+    arrived = heard.event("kv_arrived")
+    assert arrived is not None
+    assert arrived.kv_arrived.recomputed
+    await pair.all_free()
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 5, 16, 17, 60])
@@ -69,12 +79,7 @@ async def test_a_corrupt_rest_is_recomputed_from_what_is_here(pair: Pair) -> Non
     second = replace(first, id="b", prompt_ids=(*first.prompt_ids, *range(10)))
     pair.start(2, second)
     await pair.hand_off(2, second)
-    heard = await pair.finished(2)
-    assert heard.tokens[0] == expected(second)
-    arrived = heard.event("kv_arrived")
-    assert arrived is not None
-    assert arrived.kv_arrived.recomputed
-    await pair.all_free()
+    await served_without_the_kv(pair, 2, second)
 
 
 async def test_many_at_once_share_nothing(pair: Pair) -> None:
@@ -113,12 +118,7 @@ async def test_a_corrupt_hand_off_is_recomputed_and_never_served(pair: Pair) -> 
     one = request("bad", 21, new=5)
     pair.start(1, one)
     await pair.hand_off(1, one)
-    heard = await pair.finished(1)
-    assert heard.tokens[0] == expected(one)
-    arrived = heard.event("kv_arrived")
-    assert arrived is not None
-    assert arrived.kv_arrived.recomputed
-    await pair.all_free()
+    await served_without_the_kv(pair, 1, one)
 
 
 async def test_a_dead_producer_costs_a_recomputation(pair: Pair) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -22,36 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from baton.types import Request, Sampling, Stopping
+from baton.types import Sampling
 from engine.model.logits import adjust, finite, warp
-from engine.model.sampler import prompt_logprobs, sample, torch_logprobs
+from engine.model.sampler import sample
 from scheduling.sequence import Sequence
-
-VOCAB = 600  # more than two blocks of the draw, and not a multiple of one
-PROMPT = (5, 17, 17, 3)
-OUTPUT = (17, 250, 250, 599)
-
-
-def a_sequence(
-    sampling: Sampling | None = None,
-    *,
-    output: tuple[int, ...] = OUTPUT,
-    index: int = 0,
-    logprobs: int | None = None,
-    **stopping: Any,
-) -> Sequence:
-    request = Request(
-        id="r",
-        prompt_ids=PROMPT,
-        sampling=sampling or Sampling(),
-        stopping=Stopping(**{"max_tokens": 100, **stopping}),
-        logprobs=logprobs,
-    )
-    return Sequence(request, index, [*PROMPT, *output], arrived_at=0.0)
-
-
-def some_logits(rows: int, seed: int = 0, vocab: int = VOCAB, scale: float = 3.0) -> Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+from tests.engine.sampling import PROMPT, VOCAB, a_sequence, some_logits
 
 
 def distribution(logits: Tensor, sequence: Sequence) -> Tensor:
@@ -301,49 +275,6 @@ def test_noise_in_the_last_bits_of_the_logits_hardly_ever_changes_a_token() -> N
     assert sum(a != b for a, b in pairs) <= 2
 
 
-def test_logprobs_are_of_the_model_before_penalties_and_temperature() -> None:
-    logits = some_logits(3).to(torch.bfloat16)
-    sequences = [
-        a_sequence(Sampling(temperature=0.5, repetition_penalty=2.0, top_k=1), logprobs=4),
-        a_sequence(),
-        a_sequence(Sampling(allowed_token_ids=(123,)), logprobs=0),
-    ]
-    expected = logits.float().log_softmax(dim=-1)
-    first, second, third = sample(logits, sequences)
-    assert second.logprob is None
-    for row, sampled in ((0, first), (2, third)):
-        report = sampled.logprob
-        assert report is not None and report.token_id == sampled.token_id
-        assert abs(report.logprob - float(expected[row, sampled.token_id])) < 1e-5
-        assert report.rank == 1 + int((expected[row] > expected[row, sampled.token_id]).sum())
-    assert third.token_id == 123
-    assert third.logprob is not None and third.logprob.top == ()
-    assert first.logprob is not None and len(first.logprob.top) == 4
-    for (token, value), wanted in zip(
-        first.logprob.top, expected[0].sort(descending=True).values, strict=False
-    ):
-        assert abs(value - float(wanted)) < 1e-5
-        assert abs(value - float(expected[0, token])) < 1e-5
-
-
-def test_prompt_logprobs_are_within_1e_5_of_log_softmax() -> None:
-    logits = some_logits(150)
-    targets = [(31 * row) % VOCAB for row in range(150)]
-    expected = logits.double().log_softmax(dim=-1)
-    reports = prompt_logprobs(logits, targets, 2)
-    assert [report.token_id for report in reports] == targets
-    for row, report in enumerate(reports):
-        assert abs(report.logprob - float(expected[row, targets[row]])) < 1e-5
-        assert report.rank == 1 + int((expected[row] > expected[row, targets[row]]).sum())
-        assert [token for token, _ in report.top] == expected[row].topk(2).indices.tolist()
-    assert prompt_logprobs(logits[:0], [], 2) == ()
-
-
-def test_more_alternatives_than_tokens_gives_all_of_them() -> None:
-    (report,) = prompt_logprobs(some_logits(1, vocab=8), [3], 20)
-    assert sorted(token for token, _ in report.top) == list(range(8))
-
-
 def test_nan_and_infinite_logits_count_as_impossible_and_as_best() -> None:
     logits = some_logits(4, scale=1.0)
     logits[0, :] = math.nan
@@ -415,20 +346,3 @@ def test_only_rows_that_need_it_are_copied_for_penalties() -> None:
     assert change[1, 5] == pytest.approx(2.0)
     change[1, 5] = 0
     assert not change.any()
-
-
-def test_likeliest_tokens_that_tie_are_told_lowest_first() -> None:
-    logits = torch.zeros(2, 5000)
-    logits[0, [4000, 3, 2000]] = 1.0
-    logits[1] = torch.arange(5000.0)
-    first, second = torch_logprobs(logits, [0, 1], [2000, 0], [5, 2])
-    assert [token for token, _ in first.top] == [3, 2000, 4000, 0, 1]
-    assert (first.rank, second.rank) == (1, 5000)
-    assert [token for token, _ in second.top] == [4999, 4998]
-
-
-def test_a_token_that_is_impossible_beside_others_has_no_probability() -> None:
-    logits = some_logits(1)
-    logits[0, 7] = -math.inf
-    (report,) = torch_logprobs(logits, [0], [7], [1])
-    assert report.logprob == -math.inf

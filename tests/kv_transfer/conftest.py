@@ -12,7 +12,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from baton.internal.v1.kv_pb2_grpc import add_KvServiceServicer_to_server
+from baton.internal.v1.kv_pb2_grpc import KvServiceStub, add_KvServiceServicer_to_server
 from baton.types import KvRef
 from kv_transfer.channel import GrpcDialer, KvServicer
 from kv_transfer.consumer import PullConsumer
@@ -204,6 +204,13 @@ async def make_pair(transport: str, clock: Clock) -> AsyncIterator[Callable[...,
 async def pair(make_pair: Callable[..., Any]) -> Pair:
     """A Pair with default options."""
     return await make_pair()
+
+
+@pytest.fixture
+async def stub(pair: Pair) -> AsyncIterator[KvServiceStub]:
+    """The producer's control channel, bare."""
+    async with grpc.aio.insecure_channel(pair.producer.control_address) as channel:
+        yield KvServiceStub(channel)
 
 
 async def _until(condition: Callable[[], object], seconds: float = 5.0) -> None:

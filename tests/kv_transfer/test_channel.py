@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from baton.errors import KvTransferError
-from baton.internal.v1 import kv_pb2, kv_pb2_grpc
+from baton.internal.v1 import kv_pb2
 from kv_transfer import local
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer
@@ -21,12 +21,6 @@ from kv_transfer.contract import KvLayout
 def transport() -> str:
     """The producer offers both; consumers here choose."""
     return "tcp"
-
-
-@pytest.fixture
-async def stub(pair):
-    async with grpc.aio.insecure_channel(pair.producer.control_address) as channel:
-        yield kv_pb2_grpc.KvServiceStub(channel)
 
 
 @pytest.fixture

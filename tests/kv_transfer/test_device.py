@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 
 from baton.errors import KvTransferError
-from baton.internal.v1 import kv_pb2, kv_pb2_grpc
+from baton.internal.v1 import kv_pb2
 from engine.gpu.device_blocks import DeviceBlocks, OpenedBlocks
 from kv_transfer import local
 from kv_transfer.channel import GrpcDialer, KvServicer
@@ -30,12 +30,6 @@ def transport() -> str:
     """Producers here have their pool on a device; consumers choose."""
     need_interpreter()
     return "cuda_ipc"
-
-
-@pytest.fixture
-async def stub(pair):
-    async with grpc.aio.insecure_channel(pair.producer.control_address) as channel:
-        yield kv_pb2_grpc.KvServiceStub(channel)
 
 
 @pytest.fixture

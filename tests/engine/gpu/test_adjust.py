@@ -15,7 +15,7 @@ from engine.gpu.adjustments import Adjustments
 from engine.model.logits import adjust as expected
 from engine.model.logits import finite
 from scheduling.sequence import Sequence
-from tests.engine.test_sampler import a_sequence, some_logits
+from tests.engine.sampling import a_sequence, some_logits
 
 _VOCAB = 1100
 

@@ -10,7 +10,7 @@ import torch
 from baton.types import Logprob
 from engine.gpu.reports import Report
 from engine.model.sampler import torch_logprobs
-from tests.engine.test_sampler import a_sequence, some_logits
+from tests.engine.sampling import a_sequence, some_logits
 
 
 def _assert_as_torch(

@@ -12,7 +12,7 @@ from engine.gpu.sampler import DeviceSampler
 from engine.model.sampler import choose
 from engine.model.sampler import sample as sample_with
 from scheduling.sequence import Sequence
-from tests.engine.test_sampler import a_sequence, some_logits
+from tests.engine.sampling import a_sequence, some_logits
 
 
 def _lengths(sequences: list[Sequence]) -> list[int]:

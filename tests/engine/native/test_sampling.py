@@ -17,7 +17,8 @@ from engine.native.library import Isa, Library
 from engine.native.sampling import CompiledChoice
 from scheduling.sequence import Sequence
 from tests.engine.native.conftest import TeamOf
-from tests.engine.test_sampler import a_sequence, distribution, some_logits
+from tests.engine.sampling import a_sequence, some_logits
+from tests.engine.test_sampler import distribution
 
 ChoiceOf = Callable[..., CompiledChoice]
 
