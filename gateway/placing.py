@@ -13,9 +13,7 @@ from gateway.pace import Pace
 from gateway.prefixes import Prefixes
 from gateway.session import Session
 from queueing.contract import WorkerRecord
-from scheduling.routing import make_router
-
-NOTHING: Mapping[str, int] = {}
+from scheduling.routing import NONE_CACHED, cached_that_count, make_router
 
 
 def can_pair(prefill: WorkerRecord, decode: WorkerRecord) -> bool:
@@ -35,26 +33,20 @@ class Placing:
         self._local_tokens = local_tokens
 
     def cached(self, session: Session, fleet: Fleet) -> Mapping[str, int]:
-        """Tokens of its prompt that would not be computed again, by worker.
-
-        Beside prefill workers, decode workers count only if they would compute the rest by
-        themselves: those that have a place in the batch, and so much of the prompt that a prefill
-        worker would be a detour. The first token of all others is the prefill worker's to give, as
-        soon as it can.
-        """
+        """Tokens of its prompt that would not be computed again, by worker."""
         cached = self._prefixes.cached(session)
         if not cached or not fleet.prefill:
             return cached
+
+        def has_place(id: str) -> bool:
+            link = fleet.decode.get(id)
+            return link is not None and link.has_place
+
         least = len(session.job.request.prompt_ids) - self._local_tokens
-        return {
-            id: tokens
-            for id, tokens in cached.items()
-            if id in fleet.prefill
-            or (tokens >= least and (link := fleet.decode.get(id)) and link.has_place)
-        }
+        return cached_that_count(cached, least, fleet.prefill, has_place)
 
     def peers(
-        self, peers: Iterable[PrefillPeer], cached: Mapping[str, int] = NOTHING
+        self, peers: Iterable[PrefillPeer], cached: Mapping[str, int] = NONE_CACHED
     ) -> list[PrefillPeer]:
         """Best first."""
         by_id = {peer.record.id: peer for peer in peers}
@@ -67,7 +59,7 @@ class Placing:
         self,
         links: Sequence[DecodeLink],
         session: Session | None = None,
-        cached: Mapping[str, int] = NOTHING,
+        cached: Mapping[str, int] = NONE_CACHED,
     ) -> list[DecodeLink]:
         """Best first; without a session for whatever comes."""
         tokens = 0 if session is None else self._pace.kv_tokens(session.job.request)

@@ -6,7 +6,7 @@ same routers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from baton.errors import ConfigError
 # A prompt token beside a generated one: 512 more of the one cost less than 8 of the other
 # ("LLM Inference Performance Engineering", Databricks 2023).
 PROMPT_TOKEN_WEIGHT = 1 / 64
+
+NONE_CACHED: Mapping[str, int] = {}
+"""Tokens of a prompt that workers have, by worker, where nobody has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,22 @@ class PrefixAware(KvAware):
             return (no_room, _tokens_before(one) - one.cached_tokens, -one.free_blocks, one.id)
 
         return sorted(candidates, key=burden)
+
+
+def cached_that_count(
+    cached: Mapping[str, int], least: int, helpers: Container[str], has_place: Callable[[str], bool]
+) -> Mapping[str, int]:
+    """Of the tokens of a prompt that each worker has, those of the workers that would use them.
+
+    Beside `helpers`, which prefill, decode workers count only if they would compute the rest by
+    themselves: those that have a place in the batch, and `least` tokens, with which a helper would
+    be a detour. The first token of all others is a helper's to give, as soon as it can.
+    """
+    return {
+        id: tokens
+        for id, tokens in cached.items()
+        if id in helpers or (tokens >= least and has_place(id))
+    }
 
 
 def _tokens_before(one: Candidate) -> float:

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from scheduling.routing import make_router
+from scheduling.routing import cached_that_count, make_router
 from scheduling.simulator.outcome import Outcome, Served
 from scheduling.simulator.prefill_worker import HandedOff, SimulatedPrefillWorker, Transfer
 from scheduling.simulator.prefixes import KnownPrefixes
@@ -189,11 +189,9 @@ class _Cluster:
             return cached
         least = job.prompt_tokens - self._spec.local_prefill_tokens
         places = self._spec.decode.capacity.max_sequences
-        return {
-            name: tokens
-            for name, tokens in cached.items()
-            if name in self._prefill or (tokens >= least and self._decode[name].jobs < places)
-        }
+        return cached_that_count(
+            cached, least, self._prefill, lambda name: self._decode[name].jobs < places
+        )
 
     def _ended(self, served: Served, now: float) -> None:
         self._served.append(served)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scheduling.prefix_map import PrefixMap, PromptKeys
+from scheduling.routing import NONE_CACHED
 from scheduling.simulator.traffic import EOS, PLAIN, Job
 from scheduling.simulator.worker import WorkerSpec
-
-_NOTHING: Mapping[str, int] = {}
 
 
 class KnownPrefixes:
@@ -35,7 +34,7 @@ class KnownPrefixes:
     def cached(self, job: Job) -> Mapping[str, int]:
         """Tokens of its prompt that need not be computed, by worker, where there are any."""
         if (keys := self._keys.get(job.id)) is None:
-            return _NOTHING
+            return NONE_CACHED
         return {
             worker: tokens
             for size in set(self._sizes.values())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
-from scheduling.routing import Candidate, KvAware, LeastOutstanding, Router
+from scheduling.routing import NONE_CACHED, Candidate, KvAware, LeastOutstanding, Router
 
 
 class Routable(Protocol):
@@ -17,8 +17,6 @@ class Routable(Protocol):
         """What a router sees of it."""
         ...
 
-
-_NOTHING: Mapping[str, int] = {}
 
 W = TypeVar("W", bound=Routable)
 
@@ -43,7 +41,7 @@ class Ranking(Generic[W]):
         """It has changed."""
         self._changed[self._names[id(worker)]] = None
 
-    def best_first(self, blocks: int, cached: Mapping[str, int] = _NOTHING) -> Iterator[W]:
+    def best_first(self, blocks: int, cached: Mapping[str, int] = NONE_CACHED) -> Iterator[W]:
         """Open workers for a request that is expected to need so many blocks, and has `cached`
         tokens of its prompt there. They may be changed only when the iteration is over."""
         if cached or not isinstance(self._router, KvAware | LeastOutstanding):

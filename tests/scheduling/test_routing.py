@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import ConfigError
-from scheduling.routing import ROUTERS, Candidate, make_router
+from scheduling.routing import ROUTERS, Candidate, cached_that_count, make_router
 
 
 def ids(name: str, *candidates: Candidate, blocks: int = 1) -> list[str]:
@@ -94,3 +94,11 @@ def test_prefix_aware_prefers_room_to_a_cached_prompt():
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="kv-aware"):
         make_router("random")
+
+
+def test_beside_helpers_a_decode_worker_s_cache_counts_if_it_would_compute_the_rest_at_once():
+    cached = {"helper": 16, "nearly all": 90, "too little": 89, "full": 90}
+    assert cached_that_count(cached, 90, {"helper"}, lambda id: id != "full") == {
+        "helper": 16,
+        "nearly all": 90,
+    }
