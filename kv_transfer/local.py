@@ -14,16 +14,15 @@ import hashlib
 import os
 import socket
 import struct
-import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from kv_transfer.server import DataServer
 from kv_transfer.sockets import receive_exactly
-from kv_transfer.transport import TOKEN_BYTES, Tokens
+from kv_transfer.transport import TOKEN_BYTES
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _HANDSHAKE_SECONDS = 5.0
-_MAX_PEERS = 256
 
 
 def host_id() -> str:
@@ -34,43 +33,19 @@ def host_id() -> str:
     return hashlib.sha256(":".join([boot, *spaces, str(os.getuid())]).encode()).hexdigest()[:32]
 
 
-class LocalServer:
+class LocalServer(DataServer):
     """Greets peers of the same user that hold a token."""
 
     def __init__(self, address: str, greeting: bytes, descriptors: Sequence[int] = ()) -> None:
+        super().__init__(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self.address = address
         self._greeting = greeting
         self._descriptors = descriptors
-        self._tokens = Tokens()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def start(self) -> None:
         """Listen."""
-        self._listener.setblocking(False)
         self._listener.bind(b"\0" + self.address.encode())
-        self._listener.listen(64)
-        self._spawn(self._accept())
-
-    def issue_token(self) -> bytes:
-        """A token for one connection."""
-        return self._tokens.issue(time.monotonic())
-
-    async def close(self) -> None:
-        """Stop listening; peers see the end of their connections."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
-
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            peer, _ = await loop.sock_accept(self._listener)
-            if len(self._tasks) > _MAX_PEERS:
-                peer.close()
-                continue
-            self._spawn(self._serve(peer))
+        super().start()
 
     async def _serve(self, peer: socket.socket) -> None:
         """Greet, then hold the connection until the peer goes."""
@@ -82,15 +57,10 @@ class LocalServer:
                     token = await receive_exactly(peer, TOKEN_BYTES)
                 if peer_uid(peer) != os.getuid():
                     return
-                if not self._tokens.redeem(token, time.monotonic()):
+                if not self._admits(token):
                     return
                 socket.send_fds(peer, [self._greeting], self._descriptors)
                 await loop.sock_recv(peer, 1)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def peer_uid(peer: socket.socket) -> int:

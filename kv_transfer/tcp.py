@@ -14,8 +14,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from baton.errors import KvTransferError
 from kv_transfer.contract import BlockStore
 from kv_transfer.digest import DigestKind
 from kv_transfer.lease import LEASE_ID_BYTES
+from kv_transfer.server import MAX_CONNECTIONS, DataServer
 from kv_transfer.sockets import (
     abort,
     prepare,
@@ -33,7 +33,7 @@ from kv_transfer.sockets import (
     shut,
 )
 from kv_transfer.store import block_array
-from kv_transfer.transport import TOKEN_BYTES, DataEndpoint, PeerLost, Run, Tokens, quiet
+from kv_transfer.transport import TOKEN_BYTES, DataEndpoint, PeerLost, Run, quiet
 
 _HELLO = struct.Struct(f"!4s{TOKEN_BYTES}s")  # magic, token
 _REQUEST = struct.Struct(f"!4sII{LEASE_ID_BYTES}s")  # magic, first, count, lease
@@ -44,7 +44,6 @@ _OK, _GONE = 0, 1
 MAX_RUN_BYTES = 64 * 2**20
 """A request for more than this (and more than one block) is refused."""
 _HANDSHAKE_SECONDS = 5.0
-_MAX_CONNECTIONS = 256
 
 
 class BlockSource(Protocol):
@@ -59,7 +58,7 @@ class BlockSource(Protocol):
         ...
 
 
-class TcpServer:
+class TcpServer(DataServer):
     """Sends leased blocks to consumers that hold a token.
 
     Listens on `address` (host:port, port 0 for any); `advertised_host` is what consumers are told,
@@ -78,26 +77,14 @@ class TcpServer:
         self._source = source
         self._store = store
         self._stall = stall
-        self._tokens = Tokens()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._sending: dict[bytes, set[socket.socket]] = {}
-        self._threads = ThreadPoolExecutor(_MAX_CONNECTIONS, "kv-send")
+        self._threads = ThreadPoolExecutor(MAX_CONNECTIONS, "kv-send")
         host, _, port = address.rpartition(":")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        super().__init__(socket.socket(family, socket.SOCK_STREAM))
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.setblocking(False)
         self._listener.bind((host.strip("[]"), int(port)))
         self.address = f"{advertised_host or host}:{self._listener.getsockname()[1]}"
-
-    def start(self) -> None:
-        """Listen."""
-        self._listener.listen(128)
-        self._spawn(self._accept())
-
-    def issue_token(self) -> bytes:
-        """A token for one connection."""
-        return self._tokens.issue(time.monotonic())
 
     def stop_sending(self, lease_id: bytes) -> None:
         """Break off sends of a lease that was taken back, so that its blocks become free."""
@@ -105,28 +92,16 @@ class TcpServer:
             shut(peer)
 
     async def close(self) -> None:
-        """Stop listening and end every connection."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
+        """Stop listening, and end every connection."""
+        await super().close()
         self._threads.shutdown()
-
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            peer, _ = await loop.sock_accept(self._listener)
-            if len(self._tasks) > _MAX_CONNECTIONS:
-                peer.close()
-                continue
-            self._spawn(self._serve(peer))
 
     async def _serve(self, peer: socket.socket) -> None:
         """One connection: hello, then requests until it ends or talks nonsense."""
         with peer, contextlib.suppress(OSError, TimeoutError):
             prepare(peer, self._stall)
             magic, token = _HELLO.unpack(await _receive(peer, _HELLO.size, _HANDSHAKE_SECONDS))
-            if magic != _MAGIC or not self._tokens.redeem(token, time.monotonic()):
+            if magic != _MAGIC or not self._admits(token):
                 return
             while True:
                 request = await _receive(peer, 1, None)
@@ -159,11 +134,6 @@ class TcpServer:
             if not sending:
                 self._sending.pop(lease_id, None)
             self._source.end_read(lease_id)
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class TcpReader:
