@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,25 +96,22 @@ def _device(name: str) -> torch.device:
 def _bench(
     device: torch.device,
     *,
-    shapes: tuple[str, ...],
-    formats: tuple[str, ...],
-    kv: str,
-    only: tuple[str, ...],
-    tensor_parallel: int,
     rounds: int,
     minutes: float | None,
     quick: bool,
     out: Path | None,
+    **wanted: Any,
 ) -> None:
+    """`wanted` as of `_sections`."""
     console, source = Console(width=100), Source.here(device)
     begun = time.monotonic()
     bench = Bench(console, device, source, quick=quick)
     troubles: list[str] = []
-
-    def section(name: str, run: Callable[[], None]) -> None:
+    bench.ceilings()
+    for name, run in _sections(bench, rounds, **wanted):
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             troubles.append(f"{name}: left out, {minutes:g} minutes are over")
-            return
+            continue
         try:
             run()
         except Exception as error:
@@ -124,22 +121,6 @@ def _bench(
         if out is not None:
             save(out / source.file, bench.records)
         console.print(f"[dim]{name}: done after {time.monotonic() - begun:.0f} s in all[/dim]")
-
-    bench.ceilings()
-    if "kernels" in only:
-        section("kernels", bench.kernels)
-    if "attention" in only:
-        section("attention", bench.attention)
-    if "handoff" in only:
-        section("handoff", bench.handoff)
-    for shape in shapes:
-        if "passes" in only:
-            for quantization in formats:
-                section(f"{shape}, {quantization}", _passes(bench, shape, quantization, kv))
-        if tensor_parallel > 1:
-            section(f"{shape}, shards", partial(bench.parallel, shape, tensor_parallel))
-        if "serving" in only:
-            section(f"{shape}, serving", _serving(bench, shape, rounds))
     for verdict in judged(bench.records) if device.type == "cuda" else ():
         console.print(verdict.text, markup=False, highlight=False, soft_wrap=True)
     for trouble in troubles:
@@ -148,12 +129,32 @@ def _bench(
         raise SystemExit(1)
 
 
-def _passes(bench: Bench, shape: str, form: str, kv: str) -> Callable[[], None]:
-    return lambda: bench.passes(shape, form, kv)
-
-
-def _serving(bench: Bench, shape: str, rounds: int) -> Callable[[], None]:
-    return lambda: bench.serving(shape, rounds)
+def _sections(
+    bench: Bench,
+    rounds: int,
+    *,
+    shapes: tuple[str, ...],
+    formats: tuple[str, ...],
+    kv: str,
+    only: tuple[str, ...],
+    tensor_parallel: int,
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is to be measured, by name, in order."""
+    for name, run in (
+        ("kernels", bench.kernels),
+        ("attention", bench.attention),
+        ("handoff", bench.handoff),
+    ):
+        if name in only:
+            yield name, run
+    for shape in shapes:
+        if "passes" in only:
+            for form in formats:
+                yield f"{shape}, {form}", partial(bench.passes, shape, form, kv)
+        if tensor_parallel > 1:
+            yield f"{shape}, shards", partial(bench.parallel, shape, tensor_parallel)
+        if "serving" in only:
+            yield f"{shape}, serving", partial(bench.serving, shape, rounds)
 
 
 @main.command("tune")
