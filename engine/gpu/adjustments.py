@@ -20,7 +20,7 @@ from torch import Tensor
 from baton.types import Sampling
 from engine.gpu.kernels.adjust import WANTS, adjust, forbid
 from engine.gpu.transfer import to_device
-from engine.model.logits import forbidden_ends, needs_adjustment
+from engine.model.logits import forbidden_ends, needs_adjustment, penalizes
 from scheduling.sequence import Sequence
 
 
@@ -55,7 +55,7 @@ class Adjustments:
         wants["counts"] = wants["biases"] = wants["newest"] = -1
         for row in rows:
             sampling = sequences[row].request.sampling
-            if _penalizes(sampling):
+            if penalizes(sampling):
                 counts, fresh = self._counted(sequences[row], lengths[row])
                 penalties = (
                     sampling.repetition_penalty,
@@ -174,11 +174,3 @@ class _Rows:
             else:
                 self.drop(next(iter(self._rows)))
         return self._free.pop()
-
-
-def _penalizes(sampling: Sampling) -> bool:
-    return bool(
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-    )

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from baton.types import Logprob
 from engine.gpu.transfer import Arriving, to_device
+from engine.model.logits import bounded
 from engine.model.sampler import last_resort
 from scheduling.sequence import Sequence
 
@@ -55,9 +56,7 @@ def report(logits: Tensor, targets: Tensor, alternatives: int) -> Tensor:
     likeliest first, and the lowest token first where logits tie. k is `alternatives`, or the size
     of the vocabulary.
     """
-    scores = torch.nan_to_num(
-        logits.float(), nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf
-    )
+    scores = bounded(logits)
     total = scores.logsumexp(dim=-1, keepdim=True)
     chosen = scores.gather(-1, targets.clamp(max=scores.shape[-1] - 1)[:, None])
     ranks = (scores > chosen).sum(dim=-1, keepdim=True) + 1

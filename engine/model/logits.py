@@ -34,9 +34,13 @@ def finite(logits: Tensor) -> Tensor:
     logits = logits.float()
     if bool((logits.amax(dim=-1) < math.inf).all()):  # a NaN anywhere makes its maximum NaN
         return logits
-    return torch.nan_to_num(
-        logits, nan=-math.inf, posinf=torch.finfo(torch.float32).max, neginf=-math.inf
-    )
+    return bounded(logits)
+
+
+def bounded(logits: Tensor) -> Tensor:
+    """The same without a look at them from the host; always a copy."""
+    most = torch.finfo(torch.float32).max
+    return torch.nan_to_num(logits.float(), nan=-math.inf, posinf=most, neginf=-math.inf)
 
 
 def best_tokens(logits: Tensor) -> Tensor:
@@ -56,12 +60,19 @@ def needs_adjustment(sequence: Sequence, ahead: int = 0) -> bool:
     tokens before it that the sequence does not know yet."""
     sampling = sequence.request.sampling
     return bool(
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
+        penalizes(sampling)
         or sampling.logit_bias
         or sampling.allowed_token_ids
         or forbidden_ends(sequence, ahead)
+    )
+
+
+def penalizes(sampling: Sampling) -> bool:
+    """Whether logits depend on which tokens a sequence has already."""
+    return bool(
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
     )
 
 
