@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import Protocol
 
-from baton.errors import KvTransferError
 from kv_transfer.digest import DigestKind
-from kv_transfer.local import LocalServer, greeted
+from kv_transfer.local import LocalServer, greeted, link_to
 from kv_transfer.transport import PeerLost, Run, quiet
 
 TRANSPORT = "cuda_ipc"
@@ -101,18 +100,10 @@ class DeviceReader:
     async def open(
         cls, address: str, token: bytes, *, blocks: int, device: TargetPool, threads: Executor
     ) -> DeviceReader:
-        """Open the pool behind `address`, of `blocks` blocks. Raises KvTransferError when that
-        cannot be done, which says nothing about the producer's health."""
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        """Open the pool behind `address`, of `blocks` blocks. Raises KvTransferError as link_to."""
+        with link_to("device memory") as link:
             handle = await _receive_handle(link, address, token)
             pool = await _open(device, handle, blocks, threads)
-        except (OSError, ValueError, struct.error) as error:
-            link.close()
-            raise KvTransferError(f"device memory: {error or type(error).__name__}") from error
-        except BaseException:
-            link.close()
-            raise
         return cls(link, pool, threads)
 
     async def read(self, run: Run) -> None:

@@ -14,9 +14,10 @@ import hashlib
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from baton.errors import KvTransferError
 from kv_transfer.server import DataServer
 from kv_transfer.sockets import receive_exactly
 from kv_transfer.transport import TOKEN_BYTES
@@ -68,6 +69,21 @@ def peer_uid(peer: socket.socket) -> int:
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(raw)
     return int(uid)
+
+
+@contextlib.contextmanager
+def link_to(what: str) -> Iterator[socket.socket]:
+    """A socket to open `what` with, which stays open unless that fails: then KvTransferError, which
+    says nothing about the producer's health."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        yield link
+    except (OSError, ValueError, struct.error) as error:
+        link.close()
+        raise KvTransferError(f"{what}: {error or type(error).__name__}") from error
+    except BaseException:
+        link.close()
+        raise
 
 
 async def greeted(

@@ -22,7 +22,7 @@ import numpy as np
 from baton.errors import KvTransferError
 from kv_transfer.contract import BlockStore
 from kv_transfer.digest import DigestKind
-from kv_transfer.local import LocalServer, greeted
+from kv_transfer.local import LocalServer, greeted, link_to
 from kv_transfer.store import block_array
 from kv_transfer.transport import INLINE_BYTES, PeerLost, Run, quiet
 
@@ -106,18 +106,11 @@ class ShmReader:
     async def open(
         cls, address: str, token: bytes, *, blocks: int, block_bytes: int, threads: Executor
     ) -> ShmReader:
-        """Map the pool behind `address`, which must hold `blocks` blocks. Raises KvTransferError
-        when that cannot be done, which says nothing about the producer's health."""
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        """Map the pool behind `address`, which must hold `blocks` blocks. Raises KvTransferError as
+        link_to."""
+        with link_to("shared memory") as link:
             pool = await _receive_pool(link, address, token, blocks * block_bytes)
-            return cls(link, pool, block_bytes, threads)
-        except (OSError, ValueError, struct.error) as error:
-            link.close()
-            raise KvTransferError(f"shared memory: {error or type(error).__name__}") from error
-        except BaseException:
-            link.close()
-            raise
+        return cls(link, pool, block_bytes, threads)
 
     async def read(self, run: Run) -> None:
         """Fill and land every target. Raises PeerLost when the producer has gone."""
