@@ -91,7 +91,6 @@ def question_from(options: Options) -> Question:
         policy_name=options.policy,
         policy=_policy(options.policy),
         rules=Rules.of(DecodeConfig.model_construct()),
-        split=options.values is None or device.device == "cpu",
         max_workers=options.max_workers,
         price=options.prefill_price,
         requests=options.requests,

@@ -128,6 +128,14 @@ def test_values_that_make_no_sense_are_refused(helm: Helm, setting: str):
         (["model.source=hostPath"], "model.hostPath is needed"),
         (["model.source=image"], "model.path is needed"),
         (["redis.mode=external"], "redis.url or redis.existingSecret.name is needed"),
+        (
+            [
+                "decode.config.device=cuda",
+                "decode.config.tensor_parallel=4",
+                "decode.resources.limits.nvidia\\.com/gpu=2",
+            ],
+            "4 ranks (tensor_parallel, pipeline_parallel) need as many nvidia.com/gpu",
+        ),
     ],
 )
 def test_half_a_choice_is_refused(helm: Helm, settings: list[str], complaint: str):
@@ -206,6 +214,14 @@ def test_what_is_learnt_about_lengths_is_kept_on_a_claim_and_salted_from_a_secre
         assert "lengths" not in {m["name"] for m in container(documents, role)["volumeMounts"]}
     plain = manifests(render(helm))
     assert "length_state" not in pick(plain, "ConfigMap", "-gateway")["data"]["config.yaml"]
+
+
+def test_ranks_on_gpus_have_shared_memory_to_talk_through(helm: Helm):
+    documents = manifests(render(helm, "--values", CHART / "ci" / "gpu-values.yaml"))
+    mounts = {
+        role: {m["mountPath"] for m in container(documents, role)["volumeMounts"]} for role in KINDS
+    }
+    assert [role for role in KINDS if "/dev/shm" in mounts[role]] == ["decode"]  # two ranks each
 
 
 def test_the_redis_url_comes_from_a_secret_and_matches_the_server(helm: Helm):

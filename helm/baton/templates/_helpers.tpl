@@ -84,3 +84,16 @@ key: url
 {{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
+
+{{/* "true" for a role whose workers are several ranks on GPUs; each rank needs one of its own. */}}
+{{- define "baton.ranks" -}}
+{{- $tensor := get .config "tensor_parallel" | default 1 | int -}}
+{{- $ranks := mul $tensor (get .config "pipeline_parallel" | default 1 | int) -}}
+{{- if and (gt $ranks 1) (hasPrefix "cuda" (get .config "device" | default "cpu")) -}}
+{{- $gpus := dig "limits" "nvidia.com/gpu" $ranks .resources | int64 -}}
+{{- if lt $gpus $ranks -}}
+{{- fail (printf "%d ranks (tensor_parallel, pipeline_parallel) need as many nvidia.com/gpu in resources.limits, not %d" $ranks $gpus) -}}
+{{- end -}}
+true
+{{- end -}}
+{{- end -}}

@@ -2,6 +2,7 @@
 {{- define "baton.pod" -}}
 {{- $root := .root -}}
 {{- $values := get $root.Values .role -}}
+{{- $shm := include "baton.ranks" $values -}}
 {{- $drain := get $values.config "drain_seconds" | default 10 | float64 -}}
 metadata:
   labels:
@@ -130,6 +131,9 @@ spec:
       volumeMounts:
         - {name: config, mountPath: /etc/baton, readOnly: true}
         - {name: tmp, mountPath: /tmp}
+        {{- if $shm }}
+        - {name: shm, mountPath: /dev/shm}
+        {{- end }}
         {{- if has $root.Values.model.source (list "pvc" "hostPath") }}
         - {name: model, mountPath: /models, readOnly: true}
         {{- end }}
@@ -141,6 +145,10 @@ spec:
       configMap: {name: {{ include "baton.fullname" $root }}-{{ .role }}}
     - name: tmp
       emptyDir: {}
+    {{- if $shm }}
+    - name: shm # NCCL's, where GPUs cannot reach each other's memory
+      emptyDir: {medium: Memory, sizeLimit: 1Gi}
+    {{- end }}
     {{- if eq $root.Values.model.source "pvc" }}
     - name: model
       persistentVolumeClaim:
