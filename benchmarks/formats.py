@@ -10,8 +10,8 @@ import torch
 import demo_model
 from benchmarks.device_products import GROUP_SIZE, replace_products
 from engine.bench.backends import backend_of
+from engine.load import load_executor
 from engine.model.llama import Llama
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.model.weights import Checkpoint
 

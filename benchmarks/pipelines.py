@@ -26,8 +26,8 @@ from typing import Any
 from baton.types import Output, Request, Sampling, Stopping
 from engine.bench.models import SHAPES, given_or_random
 from engine.executor import Executor
+from engine.load import load_executor
 from engine.loop import EngineLoop
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.decode import DecodeScheduler
 from scheduling.events import DecodeEvent, RequestFailed

@@ -21,7 +21,7 @@ from pathlib import Path
 import demo_model
 from baton.prefix import block_keys
 from baton.types import Output, Request, Sampling, Stopping
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy

@@ -19,7 +19,7 @@ from decode_worker.metrics import DecodeMetrics
 from decode_worker.service import DecodeService
 from decode_worker.worker import DecodeWorker
 from engine.host_blocks import filling, on_device, to_fill
-from engine.model.load import executor_from, reuses_prefixes
+from engine.load import executor_from, reuses_prefixes
 from engine.recording import RecordedDecodeScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import GrpcDialer
 from kv_transfer.consumer import PullConsumer

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from engine.executor import Executor
-from engine.model.load import load_executor
+from engine.load import load_executor
 from experiments.drive import Drive
 from experiments.engines import Setup
 from experiments.pace import Pace

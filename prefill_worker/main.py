@@ -16,8 +16,8 @@ from baton.prefix import block_keys
 from baton.rpc import Server
 from baton.shared_cores import Place, SharedCores
 from engine.host_blocks import on_device, to_publish
+from engine.load import executor_from, reuses_prefixes
 from engine.metrics import EngineMetrics
-from engine.model.load import executor_from, reuses_prefixes
 from engine.recording import RecordedPrefillScheduler, RunRecorder, recorder_from
 from kv_transfer.channel import KvServicer
 from kv_transfer.contract import KvLayout

@@ -18,7 +18,7 @@ import demo_model
 from baton.types import Output, Request, Sampling, Stopping
 from demo_model import corpus, dialogue
 from demo_model.dialogue import ASSISTANT, END, USER
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy

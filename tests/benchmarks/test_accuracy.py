@@ -10,7 +10,7 @@ import pytest
 
 import demo_model
 from demo_model.evaluate import Judge
-from engine.model.load import load_executor
+from engine.load import load_executor
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 import demo_model
-from engine.model.load import load_executor
+from engine.load import load_executor
 
 
 def test_with_the_cache_each_turn_computes_what_is_new(importable: None) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from baton.types import Request, Sampling, Stopping
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.native.library import load
 from scheduling.plan import Chunk, Sampled, StepPlan, StepResult

@@ -14,7 +14,7 @@ import torch
 from baton.shared_cores import Place, SharedCores
 from baton.types import Request, Sampling, Stopping
 from engine.executor import Executor
-from engine.model.load import load_executor
+from engine.load import load_executor
 from scheduling.plan import Chunk, StepPlan
 from scheduling.sequence import Sequence
 from tests.engine.conftest import COMPILED, on_backends

@@ -7,7 +7,7 @@ from dataclasses import astuple
 from typing import Any
 
 from engine.fit import fit
-from engine.model.load import load_executor
+from engine.load import load_executor
 from scheduling.simulator.profiles import Profile
 
 

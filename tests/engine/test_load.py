@@ -11,7 +11,7 @@ import torch
 
 from baton.config import DecodeConfig
 from baton.errors import ConfigError
-from engine.model.load import executor_from, load_executor
+from engine.load import executor_from, load_executor
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

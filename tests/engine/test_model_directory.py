@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from baton.errors import ConfigError, ModelError
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.weights import fingerprint
 
 PROMPT = [5, 17, 3, 44, 101, 9]

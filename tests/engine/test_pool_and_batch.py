@@ -14,8 +14,8 @@ import torch
 
 from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
+from engine.load import load_executor
 from engine.model.batch import BatchBuilder, begun_blocks, build_batch
-from engine.model.load import load_executor
 from engine.model.memory import OwnMemory
 from engine.model.pool import KvGeometry, KvPool
 from kv_transfer.contract import BlockStore, KvLayout

@@ -12,8 +12,8 @@ import torch
 
 from baton.errors import ConfigError
 from engine.executor import ExecutorBroken
+from engine.load import load_executor
 from engine.model.host_pool import HostPool
-from engine.model.load import load_executor
 from engine.model.pool import KvGeometry, KvPool
 from engine.model.runner import TorchExecutor
 from engine.model.swap import Swapper

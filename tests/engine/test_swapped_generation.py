@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.types import Output, Request, Sampling, Stopping
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy

@@ -15,7 +15,7 @@ class Baton:
     """One executor; every run gets a scheduler of its own, with the rules that workers have."""
 
     def __init__(self, setup: Setup) -> None:
-        from engine.model.load import load_executor
+        from engine.load import load_executor
 
         options: dict[str, Any] = {"quantization": "int8"} if setup.precision == "int8" else {}
         self._executor = load_executor(

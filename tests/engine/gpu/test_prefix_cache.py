@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.gpu.executor import GpuExecutor
-from engine.model.load import load_executor
+from engine.load import load_executor
 from scheduling.rules import Rules
 from tests.engine.conftest import one_layer
 from tests.engine.test_prefix_cache import ROUNDING, Chats

@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from baton.errors import ConfigError
 from baton.types import Request, Sampling, Stopping
 from engine.attention.contract import Batch
+from engine.load import load_executor
 from engine.model.batch import build_batch
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.native import select
 from engine.native.library import Isa, Library, load

@@ -10,8 +10,8 @@ import torch
 
 from baton.types import Request, Sampling, Stopping
 from engine.attention.plane import Plane
+from engine.load import load_executor
 from engine.model.batch import build_batch
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.native.library import Isa, load
 from scheduling.plan import Chunk, StepPlan

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from tests.engine.conftest import TinyModel, save_model
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.load import load_executor
 from engine.model.batch import begun_blocks, build_batch
-from engine.model.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.parallel.model import ParallelModel
 from kv_transfer.shm import SharedPool

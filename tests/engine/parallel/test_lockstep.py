@@ -14,7 +14,7 @@ import torch
 from baton.types import Sampling
 from engine.executor import ExecutorBroken
 from engine.gpu.graphs import DecodeRows
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.parallel.leading import LeadingExecutor
 from engine.parallel.lockstep import pack_rows, unpack_rows

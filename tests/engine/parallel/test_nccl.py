@@ -15,7 +15,7 @@ from baton.types import Sampling
 from engine.executor import ExecutorBroken
 from engine.gpu.executor import GpuExecutor
 from engine.gpu.memory import _MARGIN
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.plan import StepPlan, Swap
 from tests.engine.conftest import Driver, TinyModel

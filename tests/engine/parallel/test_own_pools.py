@@ -12,7 +12,7 @@ import torch
 
 from baton.types import Request, Sampling, Stopping
 from engine.executor import ExecutorBroken, Pipeline
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from engine.staged import saving
 from scheduling.plan import StepPlan, Swap

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from baton.errors import ModelError
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.weights import Checkpoint
 from engine.parallel.shard import ShardedCheckpoint
 from engine.parallel.topology import Topology

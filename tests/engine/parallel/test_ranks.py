@@ -21,7 +21,7 @@ import engine.parallel.load
 from baton.errors import ConfigError
 from baton.types import Output, Request, Sampling, Stopping
 from engine.executor import ExecutorBroken, Pipeline
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.runner import TorchExecutor
 from scheduling.decode import DecodeScheduler
 from scheduling.order import make_policy

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 import demo_model
 from baton.errors import ModelError
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.model.weights import Checkpoint, fingerprint
 from engine.native.library import load
 

@@ -16,7 +16,7 @@ from baton.config import DecodeConfig
 from baton.prefix import block_keys
 from baton.types import LengthEstimate, Request, Sampling, Stopping
 from engine.executor import Executor
-from engine.model.load import load_executor
+from engine.load import load_executor
 from engine.recording import RecordedDecodeScheduler, recorder_from
 from engine.simulated import CostModelExecutor
 from scheduling.cost import CostTracker, LinearCost

@@ -22,8 +22,8 @@ from engine.model.options import ModelOptions
 from engine.model.pool import KvGeometry, KvPool
 from engine.model.rope import safe_context
 from engine.model.runner import Threads, TorchExecutor
-from engine.model.select import Built, build_model
 from engine.model.weights import fingerprint
+from engine.select import Built, build_model
 from scheduling.plan import Capacity
 
 if TYPE_CHECKING:
