@@ -26,7 +26,9 @@ def chart_values(best: Trial, question: Question) -> dict[str, Any]:
                 "prefill_seconds_per_token": cost.per_token,
             }
         },
-        "prefill": worker_values(best.layout.prefill, question.prefill, best, order),
+        "prefill": worker_values(
+            best.layout.prefill, question.prefill, best, order, publishes=True
+        ),
         "decode": worker_values(best.layout.decode, question.decode, best, order),
     }
 
@@ -61,9 +63,10 @@ def _order(best: Trial, question: Question) -> dict[str, Any]:
 
 
 def worker_values(
-    replicas: int, device: Profile, best: Trial, order: dict[str, Any]
+    replicas: int, device: Profile, best: Trial, order: dict[str, Any], *, publishes: bool = False
 ) -> dict[str, Any]:
-    """The part of one kind of worker; `order` is what all processes must agree on."""
+    """The part of one kind of worker; `order` is what all processes must agree on. Who `publishes`
+    KV from a GPU has all of it in host memory, too, after a while."""
     if not replicas:
         return {"replicas": 0}
     config = order | {
@@ -78,7 +81,10 @@ def worker_values(
     workers: dict[str, Any] = {"replicas": replicas, "config": config}
     if device.device != "cpu":
         config["device"] = device.device
-        memory = f"{8 + math.ceil(device.weight_bytes / 2**30)}Gi"  # weights pass through it
+        held = device.weight_bytes  # weights pass through host memory
+        if publishes:
+            held += device.blocks * device.block_bytes
+        memory = f"{8 + math.ceil(held / 2**30)}Gi"
         workers["resources"] = {
             "requests": {"memory": memory},
             "limits": {GPU_RESOURCE: 1, "memory": memory},

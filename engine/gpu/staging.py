@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from engine.gpu.device_blocks import DeviceBlocks
 
 _BUFFER_BYTES = 32 * 2**20  # that cross at once
+_KEPT_BYTES = 2 * 2**30  # of a consumer's memory, for the blocks that come next
+_PAGE = mmap.PAGESIZE
 
 
 class Staging:
     """The StagedBlocks of a pool on one device.
 
-    Memory is touched, and so taken, when a block first crosses.
+    Memory is touched, and so taken, when a block first crosses. What others may map stays so, up to
+    the size of the pool. Where blocks are only loaded from, what is beyond 2 GiB is given back.
     """
 
     def __init__(
@@ -47,7 +50,11 @@ class Staging:
         geometry = portion.whole if portion else pool.geometry
         self.blocks, self.block_bytes = pool.blocks, geometry.block_bytes
         size = self.blocks * self.block_bytes
-        self._view = memoryview(mmap.mmap(-1, size) if buffer is None else buffer).cast("B")[:size]
+        self._own: mmap.mmap | None = None
+        self._kept: set[int] = set()  # blocks that keep their part of it
+        if buffer is None:
+            buffer = self._own = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._view = memoryview(buffer).cast("B")[:size]
         bytes_here = torch.frombuffer(self._view, dtype=torch.uint8).view(self.blocks, -1)
         self._here = [bytes_here.numpy()]
         if portion:
@@ -80,6 +87,20 @@ class Staging:
                     for row, block in enumerate(some):
                         np.copyto(there[row], here[block])
                 lane.scatter(some)
+        if self._own is not None:
+            self._give_back(self._own, blocks)
+
+    def _give_back(self, memory: mmap.mmap, blocks: Items[int]) -> None:
+        """The memory of these blocks, which are on the device now, but for what is kept. Nobody
+        fills them meanwhile: they are under a sequence that has not begun."""
+        for block in blocks:
+            if len(self._kept) * self.block_bytes < _KEPT_BYTES:
+                self._kept.add(block)
+            if block not in self._kept:
+                first = -(-block * self.block_bytes // _PAGE) * _PAGE
+                whole = (block + 1) * self.block_bytes // _PAGE * _PAGE - first
+                if whole > 0:
+                    memory.madvise(mmap.MADV_DONTNEED, first, whole)
 
 
 def _blocks(rows: Tensor, geometry: KvGeometry) -> Tensor:

@@ -69,7 +69,12 @@ def test_a_gpu_is_asked_for_with_memory_for_the_weights(tmp_path: Path) -> None:
     assert workers["config"]["device"] == "cuda"
     assert "kv_dtype" not in workers["config"]
     jsonschema.validate({"decode": workers}, SCHEMA)
-    narrow = replace(profile("h200-llama-3-8b"), kv_dtype="int8")
+    device = profile("h200-llama-3-8b")
+    kv = device.blocks * device.block_bytes / 2**30
+    prefill = worker_values(2, device, trial, {"policy": "fcfs"}, publishes=True)
+    more = int(prefill["resources"]["limits"]["memory"].removesuffix("Gi")) - 23
+    assert kv - 1 < more < kv + 1
+    narrow = replace(device, kv_dtype="int8")
     workers = worker_values(2, narrow, trial, {"policy": "fcfs"})
     assert workers["config"]["kv_dtype"] == "int8"
     jsonschema.validate({"decode": workers}, SCHEMA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mmap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,34 @@ def test_loaded_blocks_are_on_the_device_and_others_are_as_before(pool: KvPool) 
         loaded = block in (8, 2)
         wanted = bytes([block]) * pool.block_bytes if loaded else before[block]
         assert bytes_of(pool, block) == wanted
+
+
+def test_a_consumers_host_memory_is_given_back_beyond_what_is_kept(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = KvPool(KvGeometry.of("", 4, 2, 64, torch.float32, 16), 6, device=device)
+    assert pool.block_bytes % mmap.PAGESIZE == 0
+    monkeypatch.setattr("engine.gpu.staging._KEPT_BYTES", 2 * pool.block_bytes)
+    staging = Staging(pool)
+    for _ in range(2):
+        for block in (5, 1, 3, 0):
+            staging.block(block)[:] = bytes([7 + block]) * pool.block_bytes
+        staging.load([5, 1, 3, 0])
+        for block in (5, 1, 3, 0):
+            assert bytes_of(pool, block) == bytes([7 + block]) * pool.block_bytes
+        kept = [block for block in range(6) if any(staging.block(block))]
+        assert kept == [1, 5]
+
+
+def test_what_others_may_map_keeps_its_memory(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = KvPool(KvGeometry.of("", 4, 2, 64, torch.float32, 16), 2, device=device)
+    monkeypatch.setattr("engine.gpu.staging._KEPT_BYTES", 0)
+    staging = Staging(pool, mmap.mmap(-1, 2 * pool.block_bytes))
+    staging.block(1)[:] = bytes([9]) * pool.block_bytes
+    staging.load([1])
+    assert bytes(staging.block(1)) == bytes([9]) * pool.block_bytes
 
 
 def test_more_blocks_than_the_buffer_holds_go_in_pieces(
