@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,96 +97,98 @@ def load_executor(
         host_blocks=host_kv_memory // geometry.block_bytes,
         depth=pipeline_parallel,
     )
-
-    def run(capacity: Capacity, share: Share | None = share) -> TorchExecutor:
-        size = capacity.blocks * geometry.block_bytes
-        if built.ranks > 1:
-            memory = (share or OwnMemory)(size)
-            _open_ranks(built.model, memory, capacity, swap_bandwidth)
-            pool = KvPool(geometry, capacity.blocks, buffer=memory.buffer)
-        else:
-            buffer = share(size).buffer if share and torch.device(device).type == "cpu" else None
-            pool = KvPool(geometry, capacity.blocks, device=device, buffer=buffer)
-        return _executor(built, pool, capacity, swap_bandwidth, ahead=ahead)
-
+    model = _Loaded(built, geometry, torch.device(device), swap_bandwidth, ahead)
     with _started(built, geometry):
-        if kv_blocks:
-            return run(capacity)
-        if not kv_memory and torch.device(device).type == "cuda":
-            kv_memory = _free_memory(run, built, geometry, capacity, device, device_memory)
-        blocks = _blocks(geometry, kv_memory or _KV_MEMORY, max_batch_sequences, context)
-        return run(replace(capacity, blocks=blocks))
+        if not kv_blocks:
+            if not kv_memory and model.device.type == "cuda":
+                kv_memory = model.free_memory(capacity, device_memory)
+            blocks = _blocks(geometry, kv_memory or _KV_MEMORY, max_batch_sequences, context)
+            capacity = replace(capacity, blocks=blocks)
+        return model.executor(capacity, share)
 
 
-def _executor(
-    built: Built, pool: KvPool, capacity: Capacity, swap_bandwidth: float, *, ahead: bool
-) -> TorchExecutor:
-    if built.fused:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model, over which executors with pools of different sizes are made."""
+
+    built: Built
+    geometry: KvGeometry
+    device: torch.device
+    swap_bandwidth: float
+    ahead: bool
+
+    def executor(self, capacity: Capacity, share: Share | None) -> TorchExecutor:
+        """One over a new pool; if the model has ranks, in the place of the last one."""
+        if self.built.ranks > 1:
+            return self._over_ranks(capacity, share)
+        on_cpu, size = self.device.type == "cpu", capacity.blocks * self.geometry.block_bytes
+        buffer = share(size).buffer if share and on_cpu else None
+        pool = KvPool(self.geometry, capacity.blocks, device=self.device, buffer=buffer)
+        if not self.built.fused:
+            return self._plain(TorchExecutor, pool, capacity)
         from engine.gpu.executor import GpuExecutor
         from engine.gpu.model import GpuLlama
 
-        assert isinstance(built.model, GpuLlama)
+        assert isinstance(self.built.model, GpuLlama)
         return GpuExecutor(
-            built.model,
+            self.built.model,
             pool,
             capacity,
-            weight_dtype=built.weight_dtype,
-            swap_bandwidth=swap_bandwidth,
-            ahead=ahead,
+            weight_dtype=self.built.weight_dtype,
+            swap_bandwidth=self.swap_bandwidth,
+            ahead=self.ahead,
         )
-    make: Callable[..., TorchExecutor] = TorchExecutor
-    if built.ranks > 1:
-        if _parallel(built.model).lockstep:
-            return _leading(built, pool, capacity, ahead=ahead)
+
+    def free_memory(self, capacity: Capacity, share: float) -> int:
+        """Bytes of a GPU, or of those of all ranks, that are left for KV, by a trial with a pool
+        for one full pass; 0 if that is not known."""
+        least = max(capacity.blocks_for(capacity.max_tokens), capacity.max_sequences)
+        capacity = replace(capacity, blocks=least, host_blocks=0)
+        if self.built.ranks > 1:
+            from engine.parallel.load import room_for_blocks
+
+            model = _parallel(self.built.model)
+            blocks = room_for_blocks(model, lambda: self.executor(capacity, None), share)
+            return blocks * self.geometry.block_bytes
+        if not self.built.fused:
+            return 0
+        from engine.gpu.memory import room_for_kv
+
+        def trial() -> int:
+            executor = self.executor(capacity, None)
+            executor.warm_up()
+            executor.close()
+            return executor.pool.blocks * executor.pool.block_bytes
+
+        return room_for_kv(trial, self.device, share)
+
+    def _over_ranks(self, capacity: Capacity, share: Share | None) -> TorchExecutor:
         from engine.parallel.executor import ParallelExecutor
+        from engine.parallel.store import Room
 
-        make = ParallelExecutor
-    return make(
-        built.model,
-        pool,
-        capacity,
-        Threads(built.torch_threads),
-        weight_dtype=built.weight_dtype,
-        choice=built.choice,
-        swap_bandwidth=swap_bandwidth,
-    )
+        model, weights = _parallel(self.built.model), self.built.weight_dtype
+        memory = (share or OwnMemory)(capacity.blocks * self.geometry.block_bytes)
+        model.open(memory, Room(capacity, self.swap_bandwidth))
+        pool = KvPool(self.geometry, capacity.blocks, buffer=memory.buffer)
+        if model.lockstep:
+            from engine.parallel.leading import LeadingExecutor
 
+            return LeadingExecutor(model, pool, capacity, weight_dtype=weights, ahead=self.ahead)
+        return self._plain(ParallelExecutor, pool, capacity)
 
-def _leading(built: Built, pool: KvPool, capacity: Capacity, *, ahead: bool) -> TorchExecutor:
-    from engine.parallel.leading import LeadingExecutor
-
-    model = _parallel(built.model)
-    return LeadingExecutor(model, pool, capacity, weight_dtype=built.weight_dtype, ahead=ahead)
-
-
-def _free_memory(
-    run: Callable[[Capacity, Share | None], TorchExecutor],
-    built: Built,
-    geometry: KvGeometry,
-    capacity: Capacity,
-    device: str,
-    share: float,
-) -> int:
-    """Bytes of a GPU, or of those of all ranks, that are left for KV, by a trial with a pool for
-    one full pass; 0 if that is not known."""
-    least = max(capacity.blocks_for(capacity.max_tokens), capacity.max_sequences)
-    capacity = replace(capacity, blocks=least, host_blocks=0)
-    if built.ranks > 1:
-        from engine.parallel.load import room_for_blocks
-
-        blocks = room_for_blocks(_parallel(built.model), lambda: run(capacity, None), share)
-        return blocks * geometry.block_bytes
-    if not built.fused:
-        return 0
-    from engine.gpu.memory import room_for_kv
-
-    def trial() -> int:
-        executor = run(capacity, None)
-        executor.warm_up()
-        executor.close()
-        return executor.pool.blocks * executor.pool.block_bytes
-
-    return room_for_kv(trial, torch.device(device), share)
+    def _plain(
+        self, make: Callable[..., TorchExecutor], pool: KvPool, capacity: Capacity
+    ) -> TorchExecutor:
+        """One whose tokens `built.choice` takes."""
+        return make(
+            self.built.model,
+            pool,
+            capacity,
+            Threads(self.built.torch_threads),
+            weight_dtype=self.built.weight_dtype,
+            choice=self.built.choice,
+            swap_bandwidth=self.swap_bandwidth,
+        )
 
 
 def executor_from(config: WorkerConfig, share: Share | None = None) -> TorchExecutor:
@@ -248,14 +250,6 @@ def _started(built: Built, geometry: KvGeometry) -> Iterator[None]:
     except BaseException:
         model.close()
         raise
-
-
-def _open_ranks(
-    model: PagedModel, memory: Memory, capacity: Capacity, swap_bandwidth: float
-) -> None:
-    from engine.parallel.store import Room
-
-    _parallel(model).open(memory, Room(capacity, swap_bandwidth))
 
 
 def _parallel(model: PagedModel) -> ParallelModel:
