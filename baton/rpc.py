@@ -121,6 +121,15 @@ async def _abort(context: Any, error: Exception) -> None:
     await context.abort_with_status(rpc_status.to_status(status_of(error)))
 
 
+_HANDLERS: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""By whether requests and responses are streams."""
+
+
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # stubs only
     """Turns BatonErrors into statuses with details, malformed messages into INVALID_ARGUMENT and
     everything else into a bare INTERNAL. CancelledError passes: swallowing it leaks the RPC."""
@@ -167,13 +176,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # 
             except Exception as error:
                 await _abort(context, error)
 
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[(streams_in, streams_out)]
-        return make(
+        return _HANDLERS[streams_in, streams_out](
             stream if streams_out else unary,
             request_deserializer=_tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,

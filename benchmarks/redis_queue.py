@@ -20,7 +20,15 @@ from redis.asyncio import Redis
 
 from baton.types import Load
 from queueing import keys
-from queueing.contract import Claimed, Outcome, Progress, Registration, Role, Submission
+from queueing.contract import (
+    Claimed,
+    Outcome,
+    Progress,
+    Registration,
+    Role,
+    Submission,
+    WorkerRecord,
+)
 from queueing.embedded import EmbeddedRedis, find_servers
 from queueing.prefixes import PrefixExchange
 from queueing.redis_queue import LOOK_AHEAD, RedisGatewayQueue, RedisWorkerQueue
@@ -80,17 +88,7 @@ async def run(url: str, queued: int) -> None:
     )
     batches = await measure("claim(8)", raw, [lambda: gateway.claim(target, 8)] * CALLS)
     claimed: list[Claimed] = [one for batch in batches for one in batch]
-    exchange = PrefixExchange(url, pool)
-    told = [
-        {(target.id, target.epoch): [secrets.token_bytes(16) for _ in range(KEYS)]}
-        for _ in range(CALLS)
-    ]
-    await measure(
-        f"prefixes({KEYS})", raw, [lambda news=news: exchange.exchange(news) for news in told]
-    )
-    held = await raw.memory_usage(keys.key(pool, "prefixes", target.id), samples=0)
-    print(f"  prefix map     {held / len(told) / KEYS:7.0f} bytes per key")
-    await exchange.close()
+    await exchange_prefixes(PrefixExchange(url, pool), pool, target, raw)
     load = Load(64, 0, 10, 1000)
 
     def report(step: int) -> Awaitable[Any]:
@@ -111,6 +109,22 @@ async def run(url: str, queued: int) -> None:
     for queue in (gateway, worker):
         await queue.close()
     await raw.aclose()
+
+
+async def exchange_prefixes(
+    exchange: PrefixExchange, pool: str, target: WorkerRecord, raw: Redis
+) -> None:
+    """New keys in every call, and what they take."""
+    told = [
+        {(target.id, target.epoch): [secrets.token_bytes(16) for _ in range(KEYS)]}
+        for _ in range(CALLS)
+    ]
+    await measure(
+        f"prefixes({KEYS})", raw, [lambda news=news: exchange.exchange(news) for news in told]
+    )
+    held = await raw.memory_usage(keys.key(pool, "prefixes", target.id), samples=0)
+    print(f"  prefix map     {held / len(told) / KEYS:7.0f} bytes per key")
+    await exchange.close()
 
 
 async def main(sizes: list[int]) -> None:
