@@ -21,6 +21,7 @@ from baton.config import (
     ServeConfig,
     environment_names,
 )
+from baton.devices import device_of
 from baton.errors import ConfigError
 from baton.shared_cores import Place
 from launcher.options import flag
@@ -99,22 +100,12 @@ def _devices(config: ServeConfig, workers: list[str]) -> dict[str, tuple[str, fl
     ranks = config.tensor_parallel * config.pipeline_parallel
     decode_first = sorted(workers, key=lambda name: not name.startswith("decode"))
     homes = {name: devices[i % len(devices)] for i, name in enumerate(decode_first)}
-    used = {name: _gpus(device, ranks) for name, device in homes.items()}
+    used = {n: {device_of(device, rank) for rank in range(ranks)} for n, device in homes.items()}
     workers_on = Counter(gpu for gpus in used.values() for gpu in gpus)
     return {
         name: (device, config.device_memory / max(workers_on[gpu] for gpu in used[name]))
         for name, device in homes.items()
     }
-
-
-def _gpus(device: str, ranks: int) -> list[str]:
-    """The devices of a worker's ranks, where the first has `device`."""
-    kind, _, number = device.partition(":")
-    if kind != "cuda":
-        return [device]
-    if not (number or "0").isdecimal():
-        raise ConfigError(f"--device {device}: must be cuda:N")
-    return [f"cuda:{int(number or 0) + rank}" for rank in range(ranks)]
 
 
 def _cores_file() -> Path:

@@ -185,21 +185,28 @@ def _rows(chunk: Chunk, first: int, whole: list[int], best: list[int]) -> ChunkR
 def begun_blocks(plan: StepPlan, block_size: int) -> list[int]:
     """Blocks that the pass begins to fill and does not fill to the end."""
     return [
-        chunk.sequence.blocks[(end - 1) // block_size]
+        chunk.sequence.blocks[place]
         for chunk in plan.chunks
-        if (end := chunk.start + chunk.length) % block_size
-        and chunk.start <= (end - 1) // block_size * block_size
+        if (place := _begun(chunk.start, chunk.length, block_size)) is not None
     ]
 
 
 def begun_in(batch: Batch, block_size: int) -> list[int]:
     """`begun_blocks` of the plan that a batch, which lies in host memory, was made of."""
-    starts = np.array(batch.starts, np.int64)
-    ends = starts + np.array(batch.lengths, np.int64)
-    last = (ends - 1) // block_size
-    begun = np.flatnonzero((ends % block_size != 0) & (starts <= last * block_size))
-    found: list[int] = batch.block_tables.numpy()[begun, last[begun]].tolist()
-    return found
+    tables = batch.block_tables.numpy()
+    return [
+        int(tables[row, place])
+        for row, span in enumerate(zip(batch.starts, batch.lengths, strict=True))
+        if (place := _begun(*span, block_size)) is not None
+    ]
+
+
+def _begun(start: int, length: int, block_size: int) -> int | None:
+    """The place in the block table of the block that a chunk begins to fill and does not fill to
+    the end; None if there is none."""
+    end = start + length
+    last = (end - 1) // block_size
+    return last if end % block_size and start <= last * block_size else None
 
 
 def _prompt_rows(chunk: Chunk) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from baton import cores
+from baton.devices import device_of
 from baton.errors import ConfigError
 from engine.model.config import ModelConfig
 from engine.model.llama import read_shape
@@ -14,7 +15,6 @@ from engine.model.options import ModelOptions
 from engine.model.runner import TorchExecutor
 from engine.parallel.model import ParallelModel
 from engine.parallel.stage import model_module
-from engine.parallel.team import device_of
 
 PATIENCE = 120.0  # longest wait for another rank in a pass, seconds
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from baton.devices import device_of
 from engine.attention.contract import Batch, KvCache
 from engine.executor import ExecutorBroken
 from engine.gpu import memory as gpu_memory
@@ -23,7 +24,7 @@ from engine.parallel.message import Kind, pack, say, unpack_output
 from engine.parallel.shard import ShardedCheckpoint
 from engine.parallel.stage import Setup, Stage, Weights
 from engine.parallel.store import MappedStore, OwnStore, Room, open_store, portion_of
-from engine.parallel.team import Team, device_of
+from engine.parallel.team import Team
 from engine.parallel.topology import Topology
 from scheduling.plan import Capacity
 

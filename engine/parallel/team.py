@@ -16,6 +16,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from baton.devices import device_of
 from engine.executor import ExecutorBroken
 from engine.parallel.bell import Bell
 from engine.parallel.message import Kind, Move, pack_move, say
@@ -267,9 +268,3 @@ class _Member:
 
 def _setup_of(setup: Setup, rank: int) -> Setup:
     return replace(setup, topology=setup.topology.at(rank), device=device_of(setup.device, rank))
-
-
-def device_of(device: str, rank: int) -> str:
-    """The device of a rank, where `device` is rank 0's: GPUs are taken in order."""
-    kind, _, number = device.partition(":")
-    return f"{kind}:{int(number or 0) + rank}" if kind == "cuda" else device

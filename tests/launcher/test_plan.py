@@ -206,3 +206,8 @@ def test_a_worker_of_several_ranks_takes_the_gpus_that_follow(monkeypatch: pytes
 def test_a_gpu_without_a_number_that_it_could_have_is_refused():
     with pytest.raises(ConfigError, match="cuda:first"):
         planned(ServeConfig(device="cuda:first"))
+
+
+def test_a_gpu_without_a_number_and_the_first_one_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    shares = devices_of(ServeConfig(device="cuda,cuda:0"), monkeypatch).values()
+    assert [share for _, share in shares] == [0.45, 0.45]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,16 +100,20 @@ def check_plan(plan: StepPlan, capacity: Capacity, rules: Rules, before: list[Se
         assert len(plan.chunks) == capacity.max_sequences or sum(kinds) == capacity.max_tokens
 
 
+WORLDS: dict[str, st.SearchStrategy[Any]] = {
+    "capacity": capacities(),
+    "policy": policies(),
+    "rules": rules(),
+    "swap_seconds": st.sampled_from([0.0, 0.0004, 0.003]),
+    "keys": st.sampled_from([block_keys, block_keys, None]),
+}
+"""What a scheduler may find itself in."""
+
+
 class DecodeMachine(RuleBasedStateMachine):
     """The worker around a scheduler, in its worst mood."""
 
-    @initialize(
-        capacity=capacities(),
-        policy=policies(),
-        rules=rules(),
-        swap_seconds=st.sampled_from([0.0, 0.0004, 0.003]),
-        keys=st.sampled_from([block_keys, block_keys, None]),
-    )
+    @initialize(**WORLDS)
     def begin(self, capacity: Capacity, policy, rules: Rules, swap_seconds: float, keys) -> None:
         self.capacity, self.rules_ = capacity, rules
         self.scheduler = DecodeScheduler(
